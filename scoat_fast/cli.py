@@ -1,0 +1,101 @@
+"""The command line: one function a subcommand, no logic. Heavy imports stay inside the functions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+
+EXIT_OK, EXIT_USAGE, EXIT_FAILED_CASES, EXIT_INTERRUPTED = 0, 2, 3, 130
+EXIT_CODES = """exit codes: 0 all went well; 2 the command itself could not run (its options, the weights, the output
+folder); 3 some cases failed, the others are done; 130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    from .errors import ScoatFastError
+
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ScoatFastError, ValueError) as error:
+        print(f"scoat-fast: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("scoat-fast: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def train(args: argparse.Namespace) -> int:
+    from .train.command import run
+
+    return run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "scoat-fast",
+        description="SCOAT-Net: lung opacification on chest CT. Research only, never for clinical use.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    return parser
+
+
+def _add_train(commands) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train a network on a folder of slices",
+        description="Trains on the folder DATA (index.csv, images, masks; see prepare). A run that was stopped goes on "
+        "when the same command is given again.",
+    )
+    command.set_defaults(run=train)
+    command.add_argument("data", type=Path, metavar="DATA", help="folder with index.csv")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder of this run")
+    command.add_argument("--recipe", choices=("default", "paper"), default="default", help="default: %(default)s")
+    command.add_argument("--epochs", type=int, help="of each stage of the recipe (default: 40, paper: 50)")
+    command.add_argument("--batch-size", type=int, default=8, help="slices a step, over all devices (default: 8)")
+    command.add_argument("--width", type=int, default=16, help="channels on level 0 (default: %(default)s)")
+    command.add_argument(
+        "--size", type=int, default=256, help="slices are resized to SIZE x SIZE (default: %(default)s)"
+    )
+    command.add_argument("--block", choices=("res", "vgg"), default="res", help="default: %(default)s")
+    command.add_argument(
+        "--equations", choices=("published", "paper"), default="published", help="default: %(default)s"
+    )
+    command.add_argument("--one-head", action="store_true", help="no deep supervision")
+    who = command.add_mutually_exclusive_group()
+    who.add_argument("--validate", type=_names, default=(), metavar="P,...", help="patients to validate on")
+    who.add_argument("--fold", type=_fold, metavar="K/N", help="validate on the K-th of N parts of the patients")
+    command.add_argument("--exclude", type=_names, default=(), metavar="P,...", help="patients to leave out altogether")
+    command.add_argument("--init", default="", metavar="WEIGHTS", help="start from these weights, by name or path")
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    command.add_argument("--devices", type=int, default=1, help="how many, each a process (default: %(default)s)")
+    command.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "32-true", "bf16-mixed", "16-mixed"),
+        help="auto: bfloat16 where the hardware computes in it, else float32",
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _fold(text: str) -> tuple[int, int]:
+    fold, _, folds = text.partition("/")
+    if not (fold.isdecimal() and folds.isdecimal() and 1 <= int(fold) <= int(folds)):
+        raise argparse.ArgumentTypeError(f"wanted K/N with 1 <= K <= N, got {text!r}")
+    return int(fold), int(folds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""The errors that callers may want to catch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class ScoatFastError(Exception):
+    """The base of this package's own errors; the command line prints them as one line."""
+
+
+class BadInputError(ScoatFastError, ValueError):
+    """A file or folder that cannot be used: ``path`` names it, ``reason`` says what was wanted and what came."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
+
+
+class WeightsError(BadInputError):
+    """A weights file that is unknown, damaged, does not fit its network or is not safe to load."""
+
+
+class OutputError(ScoatFastError, OSError):
+    """A result that could not be written."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(f"{path}: cannot be written: {reason}")
+        self.path, self.reason = str(path), reason

@@ -1,0 +1,1 @@
+"""CT in, masks out. Nothing here knows the network."""

@@ -1,0 +1,89 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import OutputError
+
+
+class StagedFiles:
+    """Several files that become visible together, when the ``with`` block ends without an error.
+
+    Each is written under a temporary name in its own folder, flushed to disk and renamed at the end, so that a
+    killed process or a full disk never leaves a file that only looks finished. Raises OutputError.
+    """
+
+    def __init__(self) -> None:
+        self._staged: list[tuple[Path, Path]] = []
+
+    def __enter__(self) -> StagedFiles:
+        return self
+
+    def write(self, path: Path, writer: Callable[[BinaryIO], None]) -> None:
+        """Stages ``path`` with what ``writer`` writes into the binary file that it is given."""
+        try:
+            handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+            self._staged.append((Path(temporary), path))
+            with os.fdopen(handle, "wb") as file:
+                writer(file)
+                file.flush()
+                os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # mkstemp makes private files
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(path, error.strerror or str(error)) from error
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None:
+                for temporary, path in self._staged:
+                    try:
+                        os.replace(temporary, path)
+                    except OSError as failure:
+                        raise OutputError(path, failure.strerror or str(failure)) from failure
+                for folder in {path.parent for _, path in self._staged}:
+                    _sync_folder(folder)
+        finally:
+            for temporary, _ in self._staged:
+                temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, writer: Callable[[BinaryIO], None]) -> None:
+    """Writes one file through a temporary one beside it. Raises OutputError."""
+    with StagedFiles() as files:
+        files.write(Path(path), writer)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes one UTF-8 text file through a temporary one beside it. Raises OutputError."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def make_folder(path: Path) -> Path:
+    """Makes a folder and its parents. Raises OutputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()  # read once: reading it means setting it, which is not safe among threads

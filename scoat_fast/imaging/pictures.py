@@ -1,0 +1,58 @@
+"""PNG, JPEG, WebP and TIFF slices: grey pictures that a window has been applied to already."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import BadInputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+COLOUR_TOLERANCE = 16  # grey levels between the channels of a grey picture that went through JPEG or WebP
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """Grey values [H, W] in 0..1, float32, of one picture.
+
+    8 and 16 bit grey, palettes, and colour pictures whose channels agree. Transparent pixels count as black.
+
+    Raises:
+        BadInputError: if the file is damaged, holds several pictures or colours, or is unreasonably large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                if getattr(picture, "n_frames", 1) > 1:
+                    raise BadInputError(path, f"one picture is wanted, this file holds {picture.n_frames}")
+                return _grey(path, picture)
+    except BadInputError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadInputError(path, f"too large to be a slice: {error}") from error
+    except FileNotFoundError as error:
+        raise BadInputError(path, "no such file") from error
+    except Exception as error:  # Pillow's decoders raise whatever they please on damaged data
+        raise BadInputError(path, f"not a readable picture: {error}") from error
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """A mask [H, W] of bool: True where the picture is not black. Raises BadInputError."""
+    return read_picture(path) > 0
+
+
+def _grey(path: str | Path, picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I;16"):
+        return np.asarray(picture, dtype=np.float32) / 65535
+    if picture.mode in ("1", "L"):
+        return np.asarray(picture.convert("L"), dtype=np.float32) / 255
+    if picture.mode not in ("LA", "P", "PA", "RGB", "RGBA"):
+        raise BadInputError(path, f"a grey picture of 8 or 16 bit is wanted, got mode {picture.mode}")
+    rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32)
+    colours, alpha = rgba[..., :3], rgba[..., 3] / 255
+    if np.ptp(colours, axis=-1).max(initial=0) > COLOUR_TOLERANCE:
+        raise BadInputError(path, "a grey picture is wanted, this one has colours")
+    return colours.mean(-1) * alpha / 255

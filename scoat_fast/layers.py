@@ -1,0 +1,124 @@
+"""The building blocks of SCOAT-Net, each built on stock layers and named as in the published state dict."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EQUATIONS = ("published", "paper")
+REDUCTION = 16  # r of equation 5
+
+
+def upsample(y: Tensor) -> Tensor:  # [N, C, h, w] -> [N, C, 2h, 2w]
+    """Bilinear upsampling by two with aligned corners, ``F_U`` of equation 1."""
+    return F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class PlainBlock(nn.Module):
+    """Two times 3x3 convolution, batch normalisation and ReLU (the block of UNet++, "VGG" in the published code)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self._add_layers(in_channels, out_channels)
+
+    def _add_layers(self, in_channels: int, out_channels: int) -> None:
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Both convolutions, up to and without the last ReLU."""
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, in, H, W] -> [N, out, H, W]
+        return F.relu(self.convolve(x))
+
+
+class ResidualBlock(PlainBlock):
+    """``PlainBlock`` with a 1x1 shortcut that is added before the last ReLU."""
+
+    def _add_layers(self, in_channels: int, out_channels: int) -> None:
+        super()._add_layers(in_channels, out_channels)
+        self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.convolve(x) + self.downsample(x))
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze and excitation: equations 4 and 5, and the product ``x_V * x_c`` of equation 6."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        squeezed = channels // REDUCTION
+        self.fc = nn.Sequential(
+            nn.Linear(channels, squeezed, bias=False),
+            nn.ReLU(),
+            nn.Linear(squeezed, channels, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C, H, W]
+        return x * self.fc(x.mean((2, 3)))[:, :, None, None]
+
+
+class GatedBlock(ResidualBlock):
+    """A residual block on recalibrated channels: equation 6.
+
+    The published network adds the shortcut of the recalibrated input and applies ReLU after the sum; the paper
+    writes ``H_R^2(x_V x_c) + H_R(x_c)``: the shortcut of the raw input, a ReLU on either branch, none after the sum.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, equations: str):
+        nn.Module.__init__(self)
+        self.ca = ChannelAttention(in_channels)  # before the convolutions, as in the published state dict
+        self._add_layers(in_channels, out_channels)
+        self.equations = equations
+
+    def forward(self, x: Tensor) -> Tensor:
+        recalibrated = self.ca(x)
+        if self.equations == "paper":
+            return F.relu(self.convolve(recalibrated)) + F.relu(self.downsample(x))
+        return super().forward(recalibrated)
+
+
+class SpatialAttention(nn.Module):
+    """The attention map ``M`` (equation 1) and the gated features ``(1 + M) * up(y)`` (equation 2).
+
+    ``x`` has this level's resolution, ``y`` comes from the level below with twice the channels. The published
+    network applies ReLU once, to the sum of the two projections; the paper writes one on each.
+    """
+
+    def __init__(self, channels: int, equations: str):
+        super().__init__()
+        self.W_x = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
+        self.W_y = nn.Sequential(nn.Conv2d(2 * channels, channels, 1), nn.BatchNorm2d(channels))
+        self.active = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid())
+        self.equations = equations
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C, 2h, 2w], [N, 2C, h, w] -> gated features [N, 2C, 2h, 2w], attention map [N, 1, 2h, 2w]."""
+        up = upsample(y)
+        if self.equations == "paper":
+            joined = F.relu(self.W_x(x)) + F.relu(self.W_y(up))
+        else:
+            joined = F.relu(self.W_x(x) + self.W_y(up))
+        attention = self.active(joined)
+        return (1 + attention) * up, attention
+
+
+def initialize(module: nn.Module) -> None:
+    """Initialises one module as the published network: for ``Module.apply``."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(module.weight, mode="fan_in")
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:  # [N, C, H, W] -> [N, C, H', W']
+    """Repeats the last row and column until height and width are multiples of ``multiple``."""
+    height, width = x.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x

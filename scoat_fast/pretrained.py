@@ -1,0 +1,144 @@
+"""Weights with what belongs to them: safetensors files, and the ones that ship with the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from .errors import WeightsError
+from .imaging.files import write_atomically
+from .imaging.window import LUNG
+from .model import SCOATNet
+
+FORMAT = "scoat_fast 1"
+LICENCE = "CC BY-NC-SA 4.0: research, non-commercial, never for clinical use"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a trained network wants of its input, and how to read its output."""
+
+    name: str
+    window: tuple[float, float] = (LUNG.low, LUNG.high)  # HU that become 0 and 1
+    size: int = 512  # slices are resized to size x size
+    threshold: float = 0.5  # of the probability
+    licence: str = LICENCE
+
+
+def save(net: SCOATNet, path: str | Path, facts: Pretrained) -> None:
+    """Writes ``net`` as safetensors: convolutions and linears in float16, what normalises in float32."""
+    state = {
+        key: (value.half() if value.ndim > 1 else value).detach().cpu().contiguous()
+        for key, value in net.state_dict().items()
+    }
+    network = {
+        "in_channels": net.in_channels,
+        "out_channels": net.out_channels,
+        "width": net.width,
+        "block": net.block,
+        "deep_supervision": net.has_heads,
+        "equations": net.equations,
+    }
+    metadata = {"format": FORMAT, "network": json.dumps(network), "pretrained": json.dumps(asdict(facts))}
+    write_atomically(path, lambda file: file.write(to_bytes(state, metadata)))
+
+
+def shipped() -> list[str]:
+    """The names of the weights that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".safetensors")
+        for entry in resources.files("scoat_fast.weights").iterdir()
+        if entry.name.endswith(".safetensors")
+    )
+
+
+def load(name_or_path: str | Path) -> SCOATNet:
+    """See ``SCOATNet.from_pretrained``. Also reads state dicts saved with ``torch.save``, but never runs their code."""
+    if str(name_or_path) in shipped():
+        path = Path(str(resources.files("scoat_fast.weights") / f"{name_or_path}.safetensors"))
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise WeightsError(path, f"neither a weights file nor one of the shipped weights {', '.join(shipped())}")
+    state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    _check_values(path, state)
+    network, facts = _facts(path, state, metadata)
+    try:
+        net = SCOATNet(**network)
+        net.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise WeightsError(
+            path, f"these are not the weights of a SCOATNet: {' '.join(str(error).split())[:300]}"
+        ) from error
+    net.pretrained = facts
+    return net.eval()
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(path, f"damaged, or not a safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle that wants to run code, or whatever a damaged file raises
+        raise WeightsError(path, f"refused, only plain tensors are read: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()):
+        raise WeightsError(path, "a state dict is wanted, from names to tensors")
+    return state
+
+
+def _check_values(path: Path, state: dict[str, Tensor]) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise WeightsError(path, f"{key} holds NaN or infinite values")
+        if key.endswith("running_var") and (value < 0).any():
+            raise WeightsError(path, f"{key} holds a negative variance")
+
+
+def _facts(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> tuple[dict, Pretrained]:
+    """The constructor's arguments, from the tensors' own shapes, and what the metadata says beside them."""
+    heads = "final4.weight" in state
+    stem, head = state.get("conv0_0.conv1.weight"), state.get("final4.weight" if heads else "final.weight")
+    if stem is None or head is None or stem.ndim != 4 or head.ndim != 4:
+        raise WeightsError(path, "these are not the weights of a SCOATNet: no first or last convolution")
+    network = {
+        "in_channels": stem.shape[1],
+        "out_channels": head.shape[0],
+        "width": stem.shape[0],
+        "block": "res" if "conv0_0.downsample.0.weight" in state else "vgg",
+        "deep_supervision": heads,
+        "equations": "published",
+    }
+    if "format" not in metadata:
+        return network, Pretrained(name=path.stem)
+    try:
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format {FORMAT!r} is wanted, got {metadata['format']!r}")
+        said = json.loads(metadata["network"])
+        network["equations"] = said.get("equations")
+        if said != network:
+            raise ValueError(f"the metadata says {said}, the tensors {network}")
+        facts = Pretrained(**json.loads(metadata["pretrained"]))
+        low, high = (float(hu) for hu in facts.window)
+        if not (-10_000 < low < high < 10_000 and 0 < facts.threshold < 1):
+            raise ValueError(f"window {facts.window} or threshold {facts.threshold} is out of range")
+        if not (isinstance(facts.size, int) and 16 <= facts.size <= 4096):
+            raise ValueError(f"size must be within 16 to 4096, got {facts.size!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(path, f"its metadata cannot be used: {error}") from error
+    return network, Pretrained(**{**asdict(facts), "window": (low, high)})

@@ -1,0 +1,56 @@
+"""The ``train`` subcommand: options to a config, and the run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import replace
+
+import torch
+
+from ..errors import ScoatFastError
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains as the command line says."""
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as error:
+        raise ScoatFastError(f"training needs the extra: pip install 'scoat-fast[train]' ({error})") from error
+    from .config import RECIPES, Config
+    from .data import fold_patients, read_index
+    from .trainer import Trainer
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    recipe = RECIPES[args.recipe](*([args.epochs] if args.epochs else []))
+    validate = args.validate
+    if args.fold:
+        fold, folds = args.fold
+        validate = tuple(fold_patients(read_index(args.data), fold - 1, folds, args.seed, args.exclude))
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    config = Config(
+        data=str(args.data),
+        recipe=replace(recipe, batch_size=args.batch_size),
+        width=args.width,
+        size=args.size,
+        block=args.block,
+        equations=args.equations,
+        deep_supervision=not args.one_head,
+        validate=validate,
+        exclude=args.exclude,
+        init=args.init,
+        seed=args.seed,
+        precision=_precision(device) if args.precision == "auto" else args.precision,
+    )
+    fabric = Fabric(accelerator=device, devices=args.devices, precision=config.precision)
+    fabric.launch()
+    Trainer(config, args.output, fabric, args.quiet).fit()
+    return 0
+
+
+def _precision(device: str) -> str:
+    """bfloat16 where the hardware computes in it: emulated, it is a hundred times slower than float32."""
+    if device == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    native = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+    return "bf16-mixed" if native else "32-true"

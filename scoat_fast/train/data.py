@@ -1,0 +1,130 @@
+"""A folder of slices with masks, and who is trained on.
+
+The folder holds ``index.csv`` with the columns ``id, set, patient, volume, slice, image, mask, lung,
+opacity_fraction, window_low_hu, window_high_hu``. ``image`` and ``mask`` (and ``lung``, which training does not
+use) are paths of pictures in the folder, spine down; grey 0..255 spans ``window_low_hu..window_high_hu``, or what
+the weights' own window spans where these are empty. A slice without ``patient`` is trained on, never validated.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import BadInputError
+from ..imaging.grid import to_square
+from ..imaging.pictures import read_mask, read_picture
+from ..imaging.window import Window
+
+COLUMNS = (
+    "id", "set", "patient", "volume", "slice", "image", "mask", "lung", "opacity_fraction",
+    "window_low_hu", "window_high_hu",
+)  # fmt: skip
+SQUARE_PIXELS = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One row of the index: where its pictures are, and the HU that its greys stand for, where known."""
+
+    id: str
+    patient: str
+    image: Path
+    mask: Path
+    window: Window | None
+
+    def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Grey values [H, W] in 0..1 for ``window``, float32, and the mask [H, W], bool. Raises BadInputError."""
+        image, mask = read_picture(self.image), read_mask(self.mask)
+        if image.shape != mask.shape:
+            raise BadInputError(self.mask, f"a mask of {image.shape} is wanted, as its image has, got {mask.shape}")
+        if self.window is not None and self.window != window:
+            image = window.apply(self.window.invert(image))
+        return image, mask
+
+
+def read_index(folder: str | Path) -> list[Slice]:
+    """The slices that ``index.csv`` lists, in its order. Raises BadInputError."""
+    folder = Path(folder)
+    path = folder / "index.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInputError(path, f"not a readable index of slices: {error}") from error
+    if not rows:
+        raise BadInputError(path, "lists no slices")
+    missing = [column for column in COLUMNS if column not in rows[0]]
+    if missing:
+        raise BadInputError(path, f"lacks the columns {', '.join(missing)}")
+    slices = [_slice(path, folder, row) for row in rows]
+    if len({slice.id for slice in slices}) < len(slices):
+        raise BadInputError(path, "lists an id twice")
+    return slices
+
+
+def _slice(index: Path, folder: Path, row: dict[str, str]) -> Slice:
+    try:
+        low, high = row["window_low_hu"], row["window_high_hu"]
+        window = Window(float(low), float(high)) if low and high else None
+    except (TypeError, ValueError) as error:
+        raise BadInputError(index, f"slice {row['id']}: {error}") from error
+    paths = []
+    for column in ("image", "mask"):
+        path = folder / (row[column] or "")
+        if not path.is_file():
+            raise BadInputError(index, f"slice {row['id']}: its {column} {row[column]!r} is not there")
+        paths.append(path)
+    return Slice(row["id"], row["patient"] or "", *paths, window)
+
+
+def split(
+    slices: Sequence[Slice], validate: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[Slice], list[Slice]]:
+    """Training and validation slices, by patient. Raises ValueError for a patient that is not there."""
+    patients = {slice.patient for slice in slices if slice.patient}
+    unknown = sorted({*validate, *exclude} - patients)
+    if unknown:
+        raise ValueError(f"no slices of patient {', '.join(unknown)}; there are {', '.join(sorted(patients))}")
+    both = sorted({*validate} & {*exclude})
+    if both:
+        raise ValueError(f"patient {', '.join(both)} cannot be both validated on and excluded")
+    train = [slice for slice in slices if slice.patient not in {*validate, *exclude}]
+    if not train:
+        raise ValueError("no slices are left to train on")
+    return train, [slice for slice in slices if slice.patient in {*validate}]
+
+
+def fold_patients(slices: Sequence[Slice], fold: int, folds: int, seed: int, exclude: Sequence[str] = ()) -> list[str]:
+    """The patients of one of ``folds`` parts (counted from 0), each patient being in exactly one."""
+    patients = sorted({slice.patient for slice in slices if slice.patient} - {*exclude})
+    if not 0 <= fold < folds <= len(patients):
+        raise ValueError(f"fold {fold} of {folds} is not among {len(patients)} patients")
+    random.Random(seed).shuffle(patients)
+    return sorted(patients[fold::folds])
+
+
+def load(slices: Sequence[Slice], size: int, window: Window, quiet: bool = False) -> tuple[Tensor, Tensor]:
+    """Images and masks [N, 1, size, size] as uint8: greys 0..255, and 0 or 1. Raises BadInputError.
+
+    Everything stays in memory: 2 * N * size**2 bytes.
+    """
+
+    def one(slice: Slice) -> tuple[Tensor, Tensor]:
+        image, mask = slice.read(window)
+        both = torch.from_numpy(np.stack([image, mask.astype(np.float32)]))[None]
+        both = to_square(both, SQUARE_PIXELS, size)[0]
+        return (both[:1] * 255).round().to(torch.uint8), (both[1:] > 0.5).to(torch.uint8)
+
+    with ThreadPoolExecutor() as pool:
+        loaded = list(tqdm(pool.map(one, slices), "slices", len(slices), disable=quiet, leave=False))
+    return torch.stack([image for image, _ in loaded]), torch.stack([mask for _, mask in loaded])

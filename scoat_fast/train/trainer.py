@@ -1,0 +1,298 @@
+"""The training loop. A run is a function of its config alone, so one that was killed goes on as if it had not been.
+
+All that is random is drawn from the seed and the number of the step. What else a run needs is in the checkpoint:
+weights, optimizer, average, best weights and history.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric, seed_everything
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ..errors import BadInputError, ScoatFastError
+from ..imaging.files import make_folder, write_atomically, write_text
+from ..imaging.window import Window
+from ..model import SCOATNet
+from ..pretrained import Pretrained, load, save
+from .augment import augment
+from .config import Config, Stage
+from .data import Slice, load as load_slices, read_index, split
+from .losses import hybrid_loss
+
+CHECKPOINT = "checkpoint.pt"
+CHECKPOINT_SECONDS = 300  # how much work a killed run loses at most, beside the step at hand
+GOLDEN_RATIO = 0x9E3779B97F4A7C15  # spreads neighbouring seeds and steps over all 64 bits
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and what it has seen."""
+
+    stage: int = 0
+    epoch: int = 0  # of the stage
+    step: int = 0  # of the epoch
+    losses: list[float] = field(default_factory=list)  # of the epoch
+    history: list[dict] = field(default_factory=list)  # a row an epoch
+    seconds: float = 0.0
+    best_dice: float = -1.0
+
+
+class Trainer:
+    """Trains a SCOATNet as ``config`` says; keeps everything in ``folder``.
+
+    The folder receives ``config.json``, ``checkpoint.pt``, ``metrics.csv``, TensorBoard events, and in the end
+    ``weights.safetensors``. If it holds a checkpoint of the same config, the run goes on from there.
+
+    Raises:
+        BadInputError: for data or a checkpoint that cannot be used.
+        ScoatFastError: if the folder belongs to a run with another config, or a loss is not finite.
+    """
+
+    def __init__(self, config: Config, folder: str | Path, fabric: Fabric, quiet: bool = False):
+        self.config, self.folder, self.fabric, self.quiet = config, Path(folder), fabric, quiet
+        self.window, recipe = Window(*config.window), config.recipe
+        train, self.validation = split(read_index(config.data), config.validate, config.exclude)
+        if len(train) < recipe.batch_size:
+            raise BadInputError(
+                config.data, f"{len(train)} slices to train on, fewer than one batch of {recipe.batch_size}"
+            )
+        quiet = quiet or fabric.global_rank > 0
+        self.images, self.masks = (t.to(fabric.device) for t in load_slices(train, config.size, self.window, quiet))
+        self.held_out = load_slices(self.validation, config.size, self.window, quiet) if self.validation else None
+        self.steps_per_epoch = len(train) // recipe.batch_size
+
+        seed_everything(config.seed, verbose=False)
+        net = SCOATNet(1, 1, config.width, config.block, config.deep_supervision, config.equations)
+        if config.init:
+            _initialise(net, config.init)
+        net = net.to(memory_format=torch.channels_last)
+        if fabric.world_size > 1 and fabric.device.type == "cuda":
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        self.plain_net = net
+        self.average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
+        self.average.to(fabric.device)
+        self.best = _copy(net.state_dict())
+        self.progress = Progress()
+        self._new_stage()
+        self._resume()
+
+    def fit(self) -> SCOATNet:
+        """Trains to the end of the last stage, writes the weights and returns them as a network on the CPU."""
+        progress, recipe = self.progress, self.config.recipe
+        while progress.stage < len(recipe.stages):
+            stage = recipe.stages[progress.stage]
+            while progress.epoch < stage.epochs:
+                self._train_epoch(stage)
+                dice = self._validate()
+                self._finish_epoch(stage, dice)
+            progress.stage, progress.epoch, progress.best_dice = progress.stage + 1, 0, -1.0
+            if progress.stage < len(recipe.stages):
+                self._load_weights(self.best)
+                self._new_stage()
+            self._save_checkpoint()
+        return self._export()
+
+    def _train_epoch(self, stage: Stage) -> None:
+        progress, started = self.progress, time.monotonic()
+        order = torch.randperm(len(self.images), generator=self._generator(progress.epoch, -1))
+        bar = tqdm(
+            range(progress.step, self.steps_per_epoch), self._title(stage), self.steps_per_epoch,
+            initial=progress.step, disable=self.quiet or not self.fabric.is_global_zero, leave=False,
+        )  # fmt: skip
+        self.net.train()
+        for step in bar:
+            rate = stage.rate(progress.epoch * self.steps_per_epoch + step, self.steps_per_epoch)
+            loss = self._train_step(order, step, rate)
+            progress.losses.append(loss)
+            progress.step = step + 1
+            bar.set_postfix(loss=f"{sum(progress.losses) / len(progress.losses):.4f}", dice=self._last_dice())
+            if time.monotonic() - started > CHECKPOINT_SECONDS:
+                progress.seconds += time.monotonic() - started
+                started = time.monotonic()
+                self._save_checkpoint()
+        progress.seconds += time.monotonic() - started
+
+    def _train_step(self, order: Tensor, step: int, rate: float) -> float:
+        recipe, size = self.config.recipe, self.config.recipe.batch_size
+        chosen = order[step * size : (step + 1) * size]
+        images, masks = self.images[chosen].float() / 255, self.masks[chosen].float()
+        if recipe.augment:
+            images, masks = augment(images, masks, self._generator(self.progress.epoch, step))
+        # every process draws the whole batch and takes its share, so that their number changes nothing
+        share = slice(self.fabric.global_rank, None, self.fabric.world_size)
+        images = images[share].contiguous(memory_format=torch.channels_last)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = hybrid_loss(self.net(images), masks[share], recipe.alpha, self._sum_over_processes)
+        self.fabric.backward(loss)
+        if recipe.clip_norm:
+            self.fabric.clip_gradients(self.net, self.optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if recipe.ema_decay:
+            self.average.update_parameters(self.plain_net)
+        value = self.fabric.all_reduce(loss.detach(), reduce_op="mean").item()
+        if not value < float("inf"):
+            raise ScoatFastError(f"the loss became {value} in epoch {self.progress.epoch + 1}, step {step + 1}")
+        return value
+
+    @torch.no_grad()
+    def _validate(self) -> float | None:
+        """The Dice of all held-out patients' pixels together, at the training resolution."""
+        if self.held_out is None:
+            return None
+        net = self._current().eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
+        share = slice(self.fabric.global_rank, None, self.fabric.world_size)
+        images, masks = (t[share] for t in self.held_out)
+        for i in range(0, len(images), self.config.recipe.batch_size):
+            batch = images[i : i + self.config.recipe.batch_size].to(self.fabric.device).float() / 255
+            target = masks[i : i + self.config.recipe.batch_size].to(self.fabric.device).bool()
+            with self.fabric.autocast():
+                logits = net(batch.contiguous(memory_format=torch.channels_last))
+            predicted = (logits[-1] if isinstance(logits, list) else logits) > 0
+            sums += torch.stack([(predicted & target).sum(), predicted.sum(), target.sum()])
+        overlap, ours, theirs = self.fabric.all_reduce(sums, reduce_op="sum").tolist()
+        return 2 * overlap / (ours + theirs) if ours + theirs else 1.0
+
+    def _finish_epoch(self, stage: Stage, dice: float | None) -> None:
+        progress = self.progress
+        row = {
+            "stage": progress.stage + 1,
+            "epoch": progress.epoch + 1,
+            "rate": stage.rate((progress.epoch + 1) * self.steps_per_epoch - 1, self.steps_per_epoch),
+            "loss": sum(progress.losses) / len(progress.losses),
+            "dice": "" if dice is None else dice,
+            "seconds": round(progress.seconds, 1),
+        }
+        progress.history.append(row)
+        if dice is None or dice > progress.best_dice:
+            progress.best_dice = progress.best_dice if dice is None else dice
+            self.best = _copy(self._current().state_dict())
+        progress.epoch, progress.step, progress.losses, progress.seconds = progress.epoch + 1, 0, [], 0.0
+        self._save_checkpoint()
+        if self.fabric.is_global_zero:
+            self._write_log()
+
+    def _write_log(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(self.progress.history[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.progress.history)
+        write_text(self.folder / "metrics.csv", text.getvalue())
+        number, row = len(self.progress.history), self.progress.history[-1]
+        with SummaryWriter(self.folder / "tensorboard", purge_step=number) as board:
+            for name in ("loss", "dice", "rate"):
+                if row[name] != "":
+                    board.add_scalar(name, row[name], number)
+        if not self.quiet:
+            tqdm.write(f"stage {row['stage']} epoch {row['epoch']}: loss {row['loss']:.4f}, dice {self._last_dice()}")
+
+    def _save_checkpoint(self) -> None:
+        state = {
+            "config": self.config.describe(),
+            "progress": vars(self.progress),
+            "net": self.plain_net.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+        }
+        if self.fabric.is_global_zero:
+            write_atomically(self.folder / CHECKPOINT, lambda file: torch.save(state, file))
+        self.fabric.barrier()
+
+    def _resume(self) -> None:
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            if self.fabric.is_global_zero:
+                make_folder(self.folder)
+                write_text(self.folder / "config.json", json.dumps(self.config.describe(), indent=2) + "\n")
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged zip or pickle raises
+            raise BadInputError(path, f"not a readable checkpoint: {error}") from error
+        if _plain(state["config"]) != _plain(self.config.describe()):
+            raise ScoatFastError(
+                f"{self.folder} holds a run with another config; choose another folder, or the same options"
+            )
+        self.progress = Progress(**state["progress"])
+        self.best = state["best"]
+        self.average.load_state_dict(state["average"])
+        self._load_weights(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _export(self) -> SCOATNet:
+        config = self.config
+        net = SCOATNet(1, 1, config.width, config.block, equations=config.equations)
+        net.load_state_dict(_last_head(_copy(self._current().state_dict())))
+        facts = Pretrained(name=self.folder.name, window=config.window, size=config.size, threshold=0.5)
+        if self.fabric.is_global_zero:
+            save(net, self.folder / "weights.safetensors", facts)
+        net.pretrained = facts
+        return net.eval()
+
+    def _new_stage(self) -> None:
+        recipe = self.config.recipe
+        optimizer = torch.optim.AdamW(self.plain_net.parameters(), 1e-3, weight_decay=recipe.weight_decay)
+        self.net, self.optimizer = self.fabric.setup(self.plain_net, optimizer)
+        self.average.n_averaged.zero_()
+
+    def _load_weights(self, state: dict[str, Tensor]) -> None:
+        self.plain_net.load_state_dict(state)
+
+    def _current(self) -> SCOATNet:
+        """The network to judge and to ship."""
+        return self.average.module if self.config.recipe.ema_decay else self.plain_net
+
+    def _generator(self, epoch: int, step: int) -> torch.Generator:
+        number = ((self.config.seed * 1000 + self.progress.stage) * 100_000 + epoch) * 1_000_000 + step + 1
+        return torch.Generator().manual_seed(number * GOLDEN_RATIO % 2**63)
+
+    def _sum_over_processes(self, sums: Tensor) -> Tensor:
+        return self.fabric.all_gather(sums, sync_grads=True).sum(0) if self.fabric.world_size > 1 else sums
+
+    def _title(self, stage: Stage) -> str:
+        return f"epoch {self.progress.epoch + 1}/{stage.epochs}"
+
+    def _last_dice(self) -> str:
+        dice = self.progress.history[-1]["dice"] if self.progress.history else ""
+        return "-" if dice == "" else f"{dice:.4f}"
+
+
+def _initialise(net: SCOATNet, source: str) -> None:
+    """Takes the weights of a single-headed network, its head for all heads of ``net``."""
+    state = load(source).state_dict()
+    heads = [name for name, _ in net.named_children() if name.startswith("final")]
+    for part in ("weight", "bias"):
+        value = state.pop(f"final.{part}")
+        state.update({f"{head}.{part}": value for head in heads})
+    net.load_state_dict(state)
+
+
+def _last_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a network with four heads as that of one with its last head alone."""
+    if "final4.weight" not in state:
+        return state
+    kept = {key: value for key, value in state.items() if not key.startswith(("final1.", "final2.", "final3."))}
+    return {key.replace("final4.", "final."): value for key, value in kept.items()}
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+
+def _plain(config: dict) -> dict:
+    return json.loads(json.dumps(config))
