@@ -29,6 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+def segment(args: argparse.Namespace) -> int:
+    from .segmentation.inference import Segmenter
+    from .segmentation.pipeline import Options, segment_files
+
+    segmenter = Segmenter(args.weights, args.device, args.batch_size)
+    options = Options(
+        threshold=args.threshold,
+        min_mm3=args.min_mm3,
+        lung=args.lung,
+        save_probabilities=args.save_probabilities,
+        save_attention=args.save_attention,
+        quiet=args.quiet,
+    )
+    return EXIT_OK if segment_files(args.inputs, args.output, segmenter, options) else EXIT_FAILED_CASES
+
+
 def train(args: argparse.Namespace) -> int:
     from .train.command import run
 
@@ -43,8 +59,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_segment(commands)
     _add_train(commands)
     return parser
+
+
+def _add_segment(commands) -> None:
+    command = commands.add_parser(
+        "segment",
+        help="segment CT volumes and slices",
+        description="Segments NIfTI volumes, folders with a DICOM series, windowed PNG, JPEG, WebP or TIFF slices (each a "
+        "case), and folders of these. Writes CASE_mask.nii.gz (or .png), CASE_overlay.png, CASE.json and cases.csv.",
+        epilog=EXIT_CODES,
+    )
+    command.set_defaults(run=segment)
+    command.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file or folder")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for the results")
+    command.add_argument("--weights", default="scoat-w16", help="shipped weights or a file (default: %(default)s)")
+    command.add_argument("--threshold", type=float, metavar="P", help="of the probability (default: the weights' own)")
+    command.add_argument("--min-mm3", type=float, default=0.0, metavar="V", help="leave out regions smaller than this")
+    command.add_argument("--lung", type=Path, metavar="MASK", help="lung mask, or a folder of CASE.nii.gz (CASE.png)")
+    command.add_argument("--save-probabilities", action="store_true", help="also CASE_probability.nii.gz")
+    command.add_argument("--save-attention", action="store_true", help="also the six CASE_attention_xIJ.nii.gz")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
+    command.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="slices at once, or auto")
+    command.add_argument("--quiet", action="store_true", help="no progress bars, no summaries")
 
 
 def _add_train(commands) -> None:
@@ -88,6 +127,12 @@ def _add_train(commands) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
+
+
+def _batch_size(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"wanted a positive number or auto, got {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def _fold(text: str) -> tuple[int, int]:

@@ -1,0 +1,148 @@
+"""A folder with one DICOM CT series."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.errors import InvalidDicomError
+
+from ..errors import BadInputError
+from .nifti import new_header
+from .volume import Volume, check_affine
+
+SUFFIXES = (".dcm", ".ima")
+EVEN = 0.02  # share of the spacing by which gaps between slices may differ
+TILT = 1.0  # degrees between the slices' normal and the way from one to the next
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file calls itself DICOM, by its suffix or its preamble."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
+    except OSError:
+        return False  # what cannot be opened is not known to be a slice
+
+
+def read_series(folder: str | Path, files: Sequence[Path] | None = None) -> Volume:
+    """The CT series in ``folder`` (or of ``files``): HU through each slice's own slope and intercept.
+
+    Slices are sorted by their position along their normal. Uneven gaps and a tilted gantry are warned about.
+
+    Raises:
+        BadInputError: if a file is damaged, the folder holds no CT slice or more than one series, or the slices do
+            not form one volume.
+    """
+    folder = Path(folder)
+    files = sorted(path for path in folder.iterdir() if path.is_file() and is_dicom(path)) if files is None else files
+    slices = [slice for slice in map(_read, files) if "PixelData" in slice and not _is_localizer(slice)]
+    if not slices:
+        raise BadInputError(folder, "no DICOM file with an image")
+    series = {str(slice.get("SeriesInstanceUID", "")) for slice in slices}
+    if len(series) > 1:
+        raise BadInputError(folder, f"one series is wanted, got {len(series)}: give each a folder of its own")
+    for slice in slices:
+        _check(slice)
+    first = slices[0]
+    for name in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"):
+        for slice in slices:
+            if not np.allclose(slice[name].value, first[name].value, atol=1e-3):
+                raise BadInputError(slice.filename, f"{name} differs from that of {Path(first.filename).name}")
+
+    rows_to, columns_to = np.asarray(first.ImageOrientationPatient, float).reshape(2, 3)
+    normal = np.cross(rows_to, columns_to)
+    positions = np.array([np.asarray(slice.ImagePositionPatient, float) for slice in slices])
+    order = np.argsort(positions @ normal, kind="stable")
+    slices, positions = [slices[i] for i in order], positions[order]
+    step, warnings = _step(folder, slices, positions, normal)
+
+    affine = np.eye(4)
+    affine[:3, 0] = rows_to * float(first.PixelSpacing[1])  # along a row, from column to column
+    affine[:3, 1] = columns_to * float(first.PixelSpacing[0])
+    affine[:3, 2] = step
+    affine[:3, 3] = positions[0]
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM counts to the left and to the back
+    check_affine(folder, affine)
+    voxels = np.stack([_hounsfield(slice).T for slice in slices], axis=2)
+    return Volume(folder, voxels, affine, new_header(affine, voxels.shape), warnings)
+
+
+def _read(path: Path) -> pydicom.FileDataset:
+    try:
+        return pydicom.dcmread(path)
+    except InvalidDicomError as error:
+        raise BadInputError(path, "not a DICOM file, or damaged at its start") from error
+    except Exception as error:  # pydicom's parsers raise many kinds on damaged data
+        raise BadInputError(path, f"damaged: {error}") from error
+
+
+def _is_localizer(slice: pydicom.FileDataset) -> bool:
+    return "LOCALIZER" in [str(value).upper() for value in slice.get("ImageType", None) or []]
+
+
+def _check(slice: pydicom.FileDataset) -> None:
+    """Raises BadInputError unless this is one CT slice with a place in space."""
+    path = slice.filename
+    if str(slice.get("Modality", "") or "CT") != "CT":
+        raise BadInputError(path, f"a CT is wanted, got modality {slice.Modality}")
+    if int(slice.get("NumberOfFrames", 1) or 1) != 1:
+        raise BadInputError(path, "one slice in each file is wanted, this one holds several frames")
+    if int(slice.get("SamplesPerPixel", 1)) != 1 or slice.get("PhotometricInterpretation") != "MONOCHROME2":
+        raise BadInputError(path, f"grey pixels (MONOCHROME2) are wanted, got {slice.get('PhotometricInterpretation')}")
+    for name, count in (("PixelSpacing", 2), ("ImageOrientationPatient", 6), ("ImagePositionPatient", 3)):
+        try:
+            values = np.asarray(slice.get(name), dtype=float)
+        except (TypeError, ValueError):
+            values = np.array([np.nan])
+        if values.shape != (count,) or not np.isfinite(values).all():
+            raise BadInputError(path, f"{name} is missing or not {count} finite numbers")
+    if min(float(mm) for mm in slice.PixelSpacing) <= 0:
+        raise BadInputError(path, f"PixelSpacing is not positive: {list(slice.PixelSpacing)}")
+    for name in ("Rows", "Columns"):
+        if name not in slice:
+            raise BadInputError(path, f"{name} is missing")
+
+
+def _step(folder: Path, slices, positions: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """The vector from one slice to the next in mm, and warnings about how even that is."""
+    if len(slices) == 1:
+        for name in ("SpacingBetweenSlices", "SliceThickness"):
+            thickness = slices[0].get(name)
+            if thickness and np.isfinite(float(thickness)) and float(thickness) > 0:
+                return normal * float(thickness), []
+        return normal, ["a single slice without a thickness: volumes assume 1 mm"]
+    gaps = np.diff(positions @ normal)
+    if gaps.min() < 1e-3:
+        at = int(gaps.argmin())
+        names = " and ".join(Path(slice.filename).name for slice in slices[at : at + 2])
+        raise BadInputError(folder, f"{names} lie in the same place")
+    step, warnings = (positions[-1] - positions[0]) / (len(slices) - 1), []
+    if np.ptp(gaps) > EVEN * np.median(gaps):
+        warnings.append(
+            f"uneven gaps between slices, {gaps.min():.4g} to {gaps.max():.4g} mm: slices may be missing, "
+            "volumes use the mean"
+        )
+    tilt = np.degrees(np.arccos(min(step @ normal / np.linalg.norm(step), 1.0)))
+    if tilt > TILT:
+        warnings.append(f"the gantry was tilted by {tilt:.1f} degrees")
+    return step, warnings
+
+
+def _hounsfield(slice: pydicom.FileDataset) -> np.ndarray:  # [rows, columns] float32
+    try:
+        stored = slice.pixel_array
+    except Exception as error:  # decoders raise many kinds on damaged or compressed data
+        syntax = slice.file_meta.TransferSyntaxUID.name if "TransferSyntaxUID" in slice.file_meta else "unknown"
+        raise BadInputError(slice.filename, f"its pixels ({syntax}) cannot be decoded: {error}") from error
+    try:
+        slope, intercept = float(slice.get("RescaleSlope", 1)), float(slice.get("RescaleIntercept", 0))
+    except (TypeError, ValueError):
+        slope, intercept = np.nan, np.nan
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        raise BadInputError(slice.filename, f"slope {slope:g} and intercept {intercept:g} cannot be used")
+    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)

@@ -1,0 +1,113 @@
+"""A CT volume as it was stored, and the same as slices that a network understands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+
+from ..errors import BadInputError
+
+SLICE_AXES = "SPL"  # slices from the feet up, rows to the back (spine down), columns to the patient's left
+AIR, TISSUE = -500.0, -200.0  # HU: what lies below is air or lung, what lies above is tissue
+SEEN = 0.002  # share of the voxels; less than this is noise, not anatomy
+HIGHEST = 5000.0  # HU; even metal is cut off at 3071 by most scanners
+
+
+@dataclass
+class Volume:
+    """Voxels on the grid they were stored on.
+
+    ``voxels``: [I, J, K]; HU (float32) for a CT, or labels. ``affine``: [4, 4], from indices to mm, right-anterior-
+    superior. ``header``: what a result on the same grid is to be written with.
+    """
+
+    path: Path
+    voxels: np.ndarray
+    affine: np.ndarray
+    header: Nifti1Header
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How to turn a volume with this affine into slices, and back."""
+
+    affine: np.ndarray
+
+    def to_slices(self, voxels: np.ndarray) -> np.ndarray:
+        """[I, J, K] -> [slices, H, W], cut along the axis nearest to superior-inferior, the spine down."""
+        return apply_orientation(voxels, ornt_transform(self._stored, self._wanted))
+
+    def from_slices(self, slices: np.ndarray) -> np.ndarray:
+        """The inverse of ``to_slices``."""
+        return apply_orientation(slices, ornt_transform(self._wanted, self._stored))
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """mm between slices, rows and columns."""
+        sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
+        order = np.argsort(ornt_transform(self._stored, self._wanted)[:, 0])
+        return tuple(float(size) for size in sizes[order])
+
+    @property
+    def voxel_mm3(self) -> float:
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    @property
+    def _stored(self) -> np.ndarray:
+        return io_orientation(self.affine)
+
+    @property
+    def _wanted(self) -> np.ndarray:
+        return axcodes2ornt(SLICE_AXES)
+
+
+def check_affine(path: str | Path, affine: np.ndarray) -> None:
+    """Raises BadInputError unless ``affine`` maps a grid to space."""
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise BadInputError(path, "its affine has NaN or infinite entries")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if lengths.min() < 1e-6 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
+        raise BadInputError(path, "its affine is singular: the axes of the grid do not span space")
+
+
+def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
+    """Warnings about a chest CT [slices, H, W].
+
+    Raises:
+        BadInputError: if voxels are NaN or infinite, or the values cannot be Hounsfield units of a chest. The
+            network would answer with an empty mask, which would look like a healthy patient.
+    """
+    finite = np.isfinite(slices).all(axis=(1, 2))
+    if not finite.all():
+        bad = np.flatnonzero(~finite)
+        count = slices[bad].size - np.isfinite(slices[bad]).sum()
+        raise BadInputError(path, f"{count} voxels are NaN or infinite, in {len(bad)} of {len(slices)} slices")
+    low, high = float(slices.min()), float(slices.max())
+    if low == high:
+        raise BadInputError(path, f"every voxel is {low:g}: nothing to segment")
+    found = f"its values span {low:g} to {high:g}"
+    if (slices < AIR).mean() < SEEN:
+        raise BadInputError(path, f"not in Hounsfield units of a chest: no air or lung below {AIR:g} HU; {found}")
+    if (slices > TISSUE).mean() < SEEN:
+        raise BadInputError(path, f"not in Hounsfield units of a chest: no tissue above {TISSUE:g} HU; {found}")
+    if (slices > HIGHEST).mean() > SEEN:
+        raise BadInputError(path, f"not in Hounsfield units: many voxels above {HIGHEST:g}; {found}")
+    blank = [int(i) for i in np.flatnonzero(slices.min(axis=(1, 2)) == slices.max(axis=(1, 2)))]
+    return [f"{len(blank)} blank slices, counted from the feet: {_some(blank)}"] if blank else []
+
+
+def check_same_grid(volume: Volume, other: Volume) -> None:
+    """Raises BadInputError unless ``other`` lies on the grid of ``volume``."""
+    if other.voxels.shape != volume.voxels.shape:
+        raise BadInputError(other.path, f"wanted the grid {volume.voxels.shape} of {volume.path.name}, got {other.voxels.shape}")
+    if not np.allclose(other.affine, volume.affine, atol=1e-2):
+        raise BadInputError(other.path, f"lies elsewhere in space than {volume.path.name}: their affines differ")
+
+
+def _some(numbers: list[int], most: int = 8) -> str:
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")

@@ -1,0 +1,1 @@
+"""The main job: CT in, masks, pictures and numbers out."""

@@ -1,0 +1,241 @@
+"""From Hounsfield units to probabilities and masks, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import BadInputError, ScoatFastError
+from ..imaging.grid import from_square, to_square
+from ..imaging.volume import Turn, check_affine, check_hu
+from ..imaging.window import Window
+from ..model import ATTENTION_NODES, SCOATNet
+from .statistics import measure, remove_small
+
+DEFAULT_WEIGHTS = "scoat-w16"
+CPU_BATCH = 4  # more slices at once are not faster on a CPU
+LARGEST_BATCH = 32
+LIVE_CHANNELS = 40  # float32 maps of width channels at full resolution that a forward pass keeps at its peak, about
+
+
+@dataclass
+class Segmentation:
+    """What was found in one volume, on the volume's own grid and in its axis order.
+
+    ``mask``: uint8, 0 or 1. ``probabilities``: float32 in 0..1. ``attention``: name to map in 0..1, where asked for.
+    ``statistics``: see ``statistics.measure``.
+    """
+
+    mask: np.ndarray
+    probabilities: np.ndarray
+    statistics: dict
+    warnings: list[str]
+    attention: dict[str, np.ndarray]
+
+
+class Segmenter:
+    """A trained network on a device, ready for many volumes.
+
+    Args:
+        weights: the name of shipped weights, the path of a weights file, or a network with ``pretrained`` facts.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
+        batch_size: slices at once, or "auto". A batch that does not fit in the GPU's memory is halved.
+
+    Raises:
+        WeightsError: if the weights cannot be used.
+        ScoatFastError: if the device is not there.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path | SCOATNet = DEFAULT_WEIGHTS,
+        device: str = "auto",
+        batch_size: int | str = "auto",
+    ):
+        net = weights if isinstance(weights, SCOATNet) else SCOATNet.from_pretrained(weights)
+        if getattr(net, "pretrained", None) is None:
+            raise ScoatFastError("a network needs pretrained facts (window, size, threshold): see SCOATNet.from_pretrained")
+        self.device = _device(device)
+        self.net = net.to(self.device, memory_format=torch.channels_last).eval()
+        self.pretrained = net.pretrained
+        self.window = Window(*self.pretrained.window)
+        if batch_size != "auto" and int(batch_size) < 1:
+            raise ScoatFastError(f"the batch size must be at least 1, got {batch_size}")
+        self.batch_size = self._fitting_batch() if batch_size == "auto" else int(batch_size)
+
+    def segment(
+        self,
+        volume_hu: np.ndarray,
+        spacing: Sequence[float] | None = None,
+        *,
+        affine: np.ndarray | None = None,
+        lung: np.ndarray | None = None,
+        threshold: float | None = None,
+        min_mm3: float = 0.0,
+        attention: bool = False,
+        name: str = "volume",
+        quiet: bool = True,
+    ) -> Segmentation:
+        """Segments one CT volume; see ``scoat_fast.segment``."""
+        volume_hu = np.asarray(volume_hu)
+        turn = _turn(name, volume_hu, spacing, affine)
+        hu = np.ascontiguousarray(turn.to_slices(volume_hu), dtype=np.float32)
+        warnings = check_hu(name, hu)
+        if lung is not None:
+            lung = turn.to_slices(_same_shape(name, np.asarray(lung), volume_hu))
+        probabilities, maps = self.probabilities(self.window.apply(hu), turn.spacing[1:], attention, quiet)
+        mask = (probabilities > self.threshold(threshold)).astype(np.uint8)
+        if min_mm3:
+            mask = remove_small(mask, turn.voxel_mm3, min_mm3)
+        statistics = measure(mask, hu, turn.voxel_mm3, lung)
+        return Segmentation(
+            *(np.ascontiguousarray(turn.from_slices(found)) for found in (mask, probabilities)),
+            statistics,
+            warnings,
+            {key: np.ascontiguousarray(turn.from_slices(found)) for key, found in maps.items()},
+        )
+
+    def threshold(self, wanted: float | None) -> float:
+        """The threshold of the probability: the given one, or that of the weights."""
+        chosen = self.pretrained.threshold if wanted is None else float(wanted)
+        if not 0 < chosen < 1:
+            raise ScoatFastError(f"the threshold must lie between 0 and 1, got {chosen:g}")
+        return chosen
+
+    @torch.inference_mode()
+    def probabilities(
+        self, slices: np.ndarray, spacing: tuple[float, float], attention: bool = False, quiet: bool = True
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Probabilities of windowed slices, and attention maps where asked for.
+
+        Args:
+            slices: [N, H, W] in 0..1, float32, spine down.
+            spacing: mm between rows and columns.
+
+        Returns:
+            Probabilities [N, H, W], float32, and a dict from the names of the maps to the same.
+        """
+        found = np.empty(slices.shape, np.float32)
+        names = [f"x{i}{j}" for i, j in ATTENTION_NODES] if attention else []
+        maps = {name: np.empty(slices.shape, np.float32) for name in names}
+        start = 0
+        with tqdm(total=len(slices), unit="slice", leave=False, disable=True if quiet else None) as bar:
+            while start < len(slices):
+                batch = torch.from_numpy(slices[start : start + self.batch_size])
+                try:
+                    here, attended = self._forward(batch, spacing, attention)
+                except torch.OutOfMemoryError:
+                    if self.batch_size == 1:
+                        raise
+                    self.batch_size = self.batch_size // 2
+                    continue
+                found[start : start + len(batch)] = here.cpu().numpy()
+                for name in names:
+                    maps[name][start : start + len(batch)] = attended[name].cpu().numpy()
+                start += len(batch)
+                bar.update(len(batch))
+        if not np.isfinite(found).all():
+            raise ScoatFastError("the network answered with NaN: its weights or this device are broken")
+        return found, maps
+
+    def _forward(self, batch: Tensor, spacing: tuple[float, float], attention: bool):
+        shape = tuple(batch.shape[1:])
+        greys = to_square(batch[:, None].to(self.device), spacing, self.pretrained.size)
+        greys = greys.expand(-1, self.net.in_channels, -1, -1).contiguous(memory_format=torch.channels_last)
+        output = self.net(greys, return_attention=attention)
+        logits, maps = output if attention else (output, {})
+        logits = logits[-1] if isinstance(logits, list) else logits
+        native = {name: from_square(_enlarge(found, greys), shape, spacing)[:, 0] for name, found in maps.items()}
+        # opacity of any kind, should a network tell several apart
+        return from_square(logits.sigmoid().amax(1, keepdim=True), shape, spacing)[:, 0], native
+
+    def _fitting_batch(self) -> int:
+        if self.device.type != "cuda":
+            return CPU_BATCH
+        free, _ = torch.cuda.mem_get_info(self.device)
+        one = 4 * LIVE_CHANNELS * self.net.width * self.pretrained.size**2
+        return max(1, min(LARGEST_BATCH, free // 2 // one))
+
+
+def segment(
+    volume_hu: np.ndarray,
+    spacing: Sequence[float] | None = None,
+    *,
+    affine: np.ndarray | None = None,
+    weights: str | Path | SCOATNet = DEFAULT_WEIGHTS,
+    device: str = "auto",
+    batch_size: int | str = "auto",
+    lung: np.ndarray | None = None,
+    threshold: float | None = None,
+    min_mm3: float = 0.0,
+    attention: bool = False,
+) -> Segmentation:
+    """Segments lung opacification in one CT volume.
+
+    Args:
+        volume_hu: [slices, rows, columns] in Hounsfield units, any real dtype; each slice as a radiologist sees it,
+            spine down and the patient's right on the left. With ``affine``, any axes in any order.
+        spacing: mm between slices, rows and columns. Not wanted with ``affine``.
+        affine: [4, 4], from indices to right-anterior-superior mm, as nibabel and NIfTI have it.
+        weights, device, batch_size: see ``Segmenter``, which is faster for more than one volume.
+        lung: the lungs on the same grid, for ``share_of_lung``.
+        threshold: of the probability, instead of the weights' own.
+        min_mm3: leave out connected regions smaller than this.
+        attention: also return the six attention maps of the paper's equation 1, on the grid of the volume.
+
+    Raises:
+        BadInputError: if the volume has NaN, is constant or is not a chest CT in HU, or its geometry is not usable.
+    """
+    segmenter = Segmenter(weights, device, batch_size)
+    return segmenter.segment(
+        volume_hu, spacing, affine=affine, lung=lung, threshold=threshold, min_mm3=min_mm3, attention=attention
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ScoatFastError(f"device {name} is not there: this PyTorch ({torch.__version__}) sees no CUDA GPU")
+    return torch.device(name)
+
+
+def _turn(name: str, volume: np.ndarray, spacing: Sequence[float] | None, affine: np.ndarray | None) -> Turn:
+    if volume.ndim != 3 or 0 in volume.shape:
+        raise BadInputError(name, f"three dimensions are wanted, got {volume.shape}")
+    if volume.dtype.kind not in "iuf":
+        raise BadInputError(name, f"voxels are wanted that are numbers, got {volume.dtype}")
+    if (spacing is None) == (affine is None):
+        raise ValueError("segment wants either the spacing in mm or the affine")
+    if affine is None:
+        mm = np.asarray(spacing, dtype=float)
+        if mm.shape != (3,) or not np.isfinite(mm).all() or mm.min() <= 0:
+            raise BadInputError(name, f"a spacing of three positive mm is wanted, got {spacing}")
+        if volume.shape[0] == volume.shape[1] != volume.shape[2] and mm[0] == mm[1] != mm[2]:
+            raise BadInputError(
+                name,
+                f"slices are wanted along the first axis; shape {volume.shape} and spacing {tuple(mm)} look as if they "
+                "lay along the last: pass affine=, or transpose the volume",
+            )
+        # slices to the head, rows to the back, columns to the left
+        affine = np.array([[0, 0, -mm[2], 0], [0, -mm[1], 0, 0], [mm[0], 0, 0, 0], [0, 0, 0, 1]])
+    affine = np.asarray(affine, dtype=float)
+    check_affine(name, affine)
+    return Turn(affine)
+
+
+def _same_shape(name: str, lung: np.ndarray, volume: np.ndarray) -> np.ndarray:
+    if lung.shape != volume.shape:
+        raise BadInputError(name, f"a lung mask of {volume.shape} is wanted, as the volume has, got {lung.shape}")
+    return lung
+
+
+def _enlarge(maps: Tensor, like: Tensor) -> Tensor:
+    """Attention maps [N, 1, h, w] at the resolution of the network's input."""
+    return torch.nn.functional.interpolate(maps, like.shape[2:], mode="bilinear")
