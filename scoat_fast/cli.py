@@ -45,8 +45,32 @@ def segment(args: argparse.Namespace) -> int:
     return EXIT_OK if segment_files(args.inputs, args.output, segmenter, options) else EXIT_FAILED_CASES
 
 
+def prepare(args: argparse.Namespace) -> int:
+    from .imaging.window import Window
+    from .train.prepare import Preparation
+    from .train.prepare import prepare as run
+
+    what = Preparation(
+        images=args.images,
+        masks=args.masks,
+        output=args.output,
+        lungs=args.lungs,
+        patients=args.patients,
+        window=Window(*args.window),
+        empty_every=args.empty_every,
+        quiet=args.quiet,
+    )
+    return EXIT_OK if run(what) else EXIT_FAILED_CASES
+
+
+def validate(args: argparse.Namespace) -> int:
+    from .train.command import validate as run
+
+    return run(args)
+
+
 def train(args: argparse.Namespace) -> int:
-    from .train.command import run
+    from .train.command import train as run
 
     return run(args)
 
@@ -60,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_segment(commands)
+    _add_prepare(commands)
     _add_train(commands)
+    _add_validate(commands)
     return parser
 
 
@@ -68,8 +94,9 @@ def _add_segment(commands) -> None:
     command = commands.add_parser(
         "segment",
         help="segment CT volumes and slices",
-        description="Segments NIfTI volumes, folders with a DICOM series, windowed PNG, JPEG, WebP or TIFF slices (each a "
-        "case), and folders of these. Writes CASE_mask.nii.gz (or .png), CASE_overlay.png, CASE.json and cases.csv.",
+        description="Segments NIfTI volumes, folders with a DICOM series, windowed PNG, JPEG, WebP or TIFF slices "
+        "(each a case), and folders of these. Writes CASE_mask.nii.gz (or .png), "
+        "CASE_overlay.png, CASE.json and cases.csv.",
         epilog=EXIT_CODES,
     )
     command.set_defaults(run=segment)
@@ -84,6 +111,42 @@ def _add_segment(commands) -> None:
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
     command.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="slices at once, or auto")
     command.add_argument("--quiet", action="store_true", help="no progress bars, no summaries")
+
+
+def _add_prepare(commands) -> None:
+    command = commands.add_parser(
+        "prepare",
+        help="make a folder of slices for training from volumes with masks",
+        description="Cuts NIfTI volumes and DICOM series with NIfTI masks into the slices that train reads: images, "
+        "masks and index.csv.",
+        epilog=EXIT_CODES,
+    )
+    command.set_defaults(run=prepare)
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="volumes, or folders of them")
+    command.add_argument("--masks", type=Path, required=True, help="folder with VOLUME.nii.gz for each volume")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="DATA", help="folder to make")
+    command.add_argument("--lungs", type=Path, help="folder with lung masks, named in the same way")
+    command.add_argument("--patients", type=Path, metavar="CSV", help="columns volume, patient (default: one of each)")
+    command.add_argument(
+        "--window", type=float, nargs=2, default=(-1250.0, 250.0), metavar=("LOW", "HIGH"), help="in HU"
+    )
+    command.add_argument("--empty-every", type=int, default=1, metavar="N", help="take every Nth slice without opacity")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_validate(commands) -> None:
+    command = commands.add_parser(
+        "validate",
+        help="score weights on patients of a folder of slices",
+        description="Segments slices as the segment command does, and compares them with their masks.",
+    )
+    command.set_defaults(run=validate)
+    command.add_argument("data", type=Path, metavar="DATA", help="folder with index.csv")
+    command.add_argument("--weights", default="scoat-w16", help="shipped weights or a file (default: %(default)s)")
+    command.add_argument("--patients", type=_names, required=True, metavar="P,...", help="patients to score")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_train(commands) -> None:

@@ -25,5 +25,5 @@ class OutputError(ScoatFastError, OSError):
     """A result that could not be written."""
 
     def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"{path}: cannot be written: {reason}")
-        self.path, self.reason = str(path), reason
+        self.path, self.reason = str(path), f"cannot be written: {reason}"
+        super().__init__(f"{self.path}: {self.reason}")

@@ -96,10 +96,14 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle that wants to run code, or whatever a damaged file raises
-        raise WeightsError(path, f"refused, only plain tensors are read: {str(error).splitlines()[0][:200]}") from error
+        raise WeightsError(path, f"refused, only plain tensors are read: {_first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()):
         raise WeightsError(path, "a state dict is wanted, from names to tensors")
     return state
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _check_values(path: Path, state: dict[str, Tensor]) -> None:

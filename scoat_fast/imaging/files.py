@@ -42,7 +42,7 @@ class StagedFiles:
             if kind is None:
                 for temporary, path in self._staged:
                     try:
-                        os.replace(temporary, path)
+                        temporary.replace(path)
                     except OSError as failure:
                         raise OutputError(path, failure.strerror or str(failure)) from failure
                 for folder in {path.parent for _, path in self._staged}:

@@ -115,7 +115,7 @@ def _read_header(path: Path, file: BinaryIO) -> Nifti1Header:
     if size > LARGEST:
         raise BadInputError(path, f"declares {size / 2**30:.0f} GiB of voxels {shape}, more than {LARGEST >> 30}")
     offset = float(header["vox_offset"])
-    if not (offset == int(offset) and 348 <= offset <= 64 << 20):
+    if not (348 <= offset <= 64 << 20 and offset.is_integer()):
         raise BadInputError(path, f"its voxels cannot start at byte {offset:g}")
     return header
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from ..errors import BadInputError
 
@@ -46,11 +46,15 @@ class Turn:
         """The inverse of ``to_slices``."""
         return apply_orientation(slices, ornt_transform(self._wanted, self._stored))
 
+    def slices_affine(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The affine of the slices of a volume of ``shape``."""
+        return self.affine @ inv_ornt_aff(ornt_transform(self._stored, self._wanted), shape)
+
     @property
     def spacing(self) -> tuple[float, float, float]:
         """mm between slices, rows and columns."""
         sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
-        order = np.argsort(ornt_transform(self._stored, self._wanted)[:, 0])
+        order = np.argsort(ornt_transform(self._stored, self._wanted)[:, 0])  # the stored axis of each wanted one
         return tuple(float(size) for size in sizes[order])
 
     @property
@@ -87,7 +91,7 @@ def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
         bad = np.flatnonzero(~finite)
         count = slices[bad].size - np.isfinite(slices[bad]).sum()
         raise BadInputError(path, f"{count} voxels are NaN or infinite, in {len(bad)} of {len(slices)} slices")
-    low, high = float(slices.min()), float(slices.max())
+    low, high = float(slices.min()) + 0.0, float(slices.max()) + 0.0  # without a negative zero
     if low == high:
         raise BadInputError(path, f"every voxel is {low:g}: nothing to segment")
     found = f"its values span {low:g} to {high:g}"
@@ -104,7 +108,9 @@ def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
 def check_same_grid(volume: Volume, other: Volume) -> None:
     """Raises BadInputError unless ``other`` lies on the grid of ``volume``."""
     if other.voxels.shape != volume.voxels.shape:
-        raise BadInputError(other.path, f"wanted the grid {volume.voxels.shape} of {volume.path.name}, got {other.voxels.shape}")
+        raise BadInputError(
+            other.path, f"wanted the grid {volume.voxels.shape} of {volume.path.name}, got {other.voxels.shape}"
+        )
     if not np.allclose(other.affine, volume.affine, atol=1e-2):
         raise BadInputError(other.path, f"lies elsewhere in space than {volume.path.name}: their affines differ")
 

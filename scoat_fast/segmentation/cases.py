@@ -89,25 +89,24 @@ def _stem(path: Path, kind: str) -> str:
 
 
 def _tell_apart(cases: list[Case]) -> list[Case]:
-    for level in range(1, max((len(case.path.resolve().parts) for case in cases), default=0)):
-        twice = _repeated(cases)
-        if not twice:
-            return cases
-        cases = [_with_parent(case, level) if _key(case) in twice else case for case in cases]
-    twice = _repeated(cases)
-    return [
-        replace(case, name=case.name + case.path.suffix.replace(".", "_")) if _key(case) in twice else case
+    """Gives equal names within a folder their suffixes, then those of different folders their folders."""
+    within = Counter((case.path.resolve().parent, _key(case)) for case in cases)
+    cases = [
+        replace(case, name=case.path.name.replace(".", "_"))
+        if within[case.path.resolve().parent, _key(case)] > 1
+        else case
         for case in cases
     ]
+    level = 0
+    while repeated := {key for key, count in Counter(map(_key, cases)).items() if count > 1}:
+        cases = [_with_parent(case, level) if _key(case) in repeated else case for case in cases]
+        level += 1
+    return cases
 
 
 def _with_parent(case: Case, level: int) -> Case:
-    parents = [parent.name for parent in case.path.resolve().parents]
-    return replace(case, name=f"{parents[level - 1]}_{case.name}") if level <= len(parents) else case
-
-
-def _repeated(cases: list[Case]) -> set[str]:
-    return {key for key, count in Counter(map(_key, cases)).items() if count > 1}
+    parents = case.path.resolve().parents
+    return replace(case, name=f"{parents[level].name}_{case.name}") if level < len(parents) else case
 
 
 def _key(case: Case) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,12 @@ class Segmenter:
         device: str = "auto",
         batch_size: int | str = "auto",
     ):
-        net = weights if isinstance(weights, SCOATNet) else SCOATNet.from_pretrained(weights)
+        # a copy: whoever passes a network wants it back as it was
+        net = copy.deepcopy(weights) if isinstance(weights, SCOATNet) else SCOATNet.from_pretrained(weights)
         if getattr(net, "pretrained", None) is None:
-            raise ScoatFastError("a network needs pretrained facts (window, size, threshold): see SCOATNet.from_pretrained")
+            raise ScoatFastError(
+                "a network needs pretrained facts (window, size, threshold): see SCOATNet.from_pretrained"
+            )
         self.device = _device(device)
         self.net = net.to(self.device, memory_format=torch.channels_last).eval()
         self.pretrained = net.pretrained
@@ -203,7 +207,10 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ScoatFastError(f"device {name} is not there: this PyTorch ({torch.__version__}) sees no CUDA GPU")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ScoatFastError(f"device: auto, cpu, cuda or cuda:N is wanted, got {name!r}") from error
 
 
 def _turn(name: str, volume: np.ndarray, spacing: Sequence[float] | None, affine: np.ndarray | None) -> Turn:

@@ -132,7 +132,9 @@ def _segment_picture(case: Case, output: Path, segmenter: Segmenter, options: Op
     if lung_path is not None:
         lung = read_mask(lung_path)[None]
         if lung.shape[1:] != grey.shape:
-            raise BadInputError(lung_path, f"a lung mask of {grey.shape} is wanted, as the picture, got {lung.shape[1:]}")
+            raise BadInputError(
+                lung_path, f"a lung mask of {grey.shape} is wanted, as the picture, got {lung.shape[1:]}"
+            )
     probabilities, maps = segmenter.probabilities(grey[None], SQUARE_PIXELS, options.save_attention)
     mask = (probabilities > segmenter.threshold(options.threshold)).astype(np.uint8)
     report = _report(case, segmenter, options, warnings, measure(mask, lung=lung))

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from ..errors import ScoatFastError
+from ..imaging.files import write_text
 
 
-def run(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace) -> int:
     """Trains as the command line says."""
     try:
         from lightning_fabric import Fabric
     except ImportError as error:
         raise ScoatFastError(f"training needs the extra: pip install 'scoat-fast[train]' ({error})") from error
+    from ..segmentation.inference import Segmenter
     from .config import RECIPES, Config
     from .data import fold_patients, read_index
     from .trainer import Trainer
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     recipe = RECIPES[args.recipe](*([args.epochs] if args.epochs else []))
-    validate = args.validate
+    patients = args.validate
     if args.fold:
         fold, folds = args.fold
-        validate = tuple(fold_patients(read_index(args.data), fold - 1, folds, args.seed, args.exclude))
+        patients = tuple(fold_patients(read_index(args.data), fold - 1, folds, args.seed, args.exclude))
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     config = Config(
         data=str(args.data),
@@ -36,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         block=args.block,
         equations=args.equations,
         deep_supervision=not args.one_head,
-        validate=validate,
+        validate=patients,
         exclude=args.exclude,
         init=args.init,
         seed=args.seed,
@@ -44,8 +49,28 @@ def run(args: argparse.Namespace) -> int:
     )
     fabric = Fabric(accelerator=device, devices=args.devices, precision=config.precision)
     fabric.launch()
-    Trainer(config, args.output, fabric, args.quiet).fit()
+    net = Trainer(config, args.output, fabric, args.quiet).fit()
+    if patients and fabric.is_global_zero:
+        _validate(Segmenter(net, device), args.data, patients, args.output / "validation.json", args.quiet)
     return 0
+
+
+def validate(args: argparse.Namespace) -> int:
+    """Scores weights as the command line says."""
+    from ..segmentation.inference import Segmenter
+
+    _validate(Segmenter(args.weights, args.device), args.data, args.patients, args.json, args.quiet)
+    return 0
+
+
+def _validate(segmenter, data: Path, patients: Sequence[str], path: Path | None, quiet: bool) -> None:
+    from .data import of_patients, read_index
+    from .evaluate import evaluate, table
+
+    metrics = evaluate(segmenter, of_patients(read_index(data), patients), quiet)
+    print(table(metrics))
+    if path is not None:
+        write_text(path, json.dumps(metrics, indent=2) + "\n")
 
 
 def _precision(device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 
 from ..imaging.window import LUNG
@@ -22,8 +23,6 @@ class Stage:
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from the start of the stage."""
-        import math
-
         if self.schedule == "step":
             return self.learning_rate * 0.1 ** (step // steps_per_epoch // 10)
         if step < self.warmup:
@@ -51,7 +50,7 @@ def default_recipe(epochs: int = 40) -> Recipe:
 
 
 def paper_recipe(epochs: int = 50) -> Recipe:
-    """Section IV A: Adam at 1e-2, then again at 1e-3, divided by ten every ten epochs (batch and epochs are not given)."""
+    """Section IV A: Adam at 1e-2, then again at 1e-3, divided by ten every ten epochs."""
     return Recipe((Stage(epochs, 1e-2, "step"), Stage(epochs, 1e-3, "step")))
 
 

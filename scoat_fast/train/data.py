@@ -87,21 +87,27 @@ def _slice(index: Path, folder: Path, row: dict[str, str]) -> Slice:
     return Slice(row["id"], row["patient"] or "", *paths, window)
 
 
+def of_patients(slices: Sequence[Slice], patients: Sequence[str]) -> list[Slice]:
+    """The slices of these patients. Raises ValueError for a patient that is not there."""
+    known = {slice.patient for slice in slices if slice.patient}
+    unknown = sorted({*patients} - known)
+    if unknown:
+        raise ValueError(f"no slices of patient {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return [slice for slice in slices if slice.patient in {*patients}]
+
+
 def split(
     slices: Sequence[Slice], validate: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[list[Slice], list[Slice]]:
-    """Training and validation slices, by patient. Raises ValueError for a patient that is not there."""
-    patients = {slice.patient for slice in slices if slice.patient}
-    unknown = sorted({*validate, *exclude} - patients)
-    if unknown:
-        raise ValueError(f"no slices of patient {', '.join(unknown)}; there are {', '.join(sorted(patients))}")
+    """Training and validation slices, by patient. Raises ValueError for patients that are not there, or in both."""
     both = sorted({*validate} & {*exclude})
     if both:
         raise ValueError(f"patient {', '.join(both)} cannot be both validated on and excluded")
-    train = [slice for slice in slices if slice.patient not in {*validate, *exclude}]
+    left_out = {slice.id for slice in of_patients(slices, [*validate, *exclude])}
+    train = [slice for slice in slices if slice.id not in left_out]
     if not train:
         raise ValueError("no slices are left to train on")
-    return train, [slice for slice in slices if slice.patient in {*validate}]
+    return train, of_patients(slices, validate)
 
 
 def fold_patients(slices: Sequence[Slice], fold: int, folds: int, seed: int, exclude: Sequence[str] = ()) -> list[str]:
@@ -126,5 +132,5 @@ def load(slices: Sequence[Slice], size: int, window: Window, quiet: bool = False
         return (both[:1] * 255).round().to(torch.uint8), (both[1:] > 0.5).to(torch.uint8)
 
     with ThreadPoolExecutor() as pool:
-        loaded = list(tqdm(pool.map(one, slices), "slices", len(slices), disable=quiet, leave=False))
+        loaded = list(tqdm(pool.map(one, slices), "slices", len(slices), disable=True if quiet else None, leave=False))
     return torch.stack([image for image, _ in loaded]), torch.stack([mask for _, mask in loaded])

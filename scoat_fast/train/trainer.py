@@ -26,7 +26,8 @@ from ..model import SCOATNet
 from ..pretrained import Pretrained, load, save
 from .augment import augment
 from .config import Config, Stage
-from .data import Slice, load as load_slices, read_index, split
+from .data import load as load_slices
+from .data import read_index, split
 from .losses import hybrid_loss
 
 CHECKPOINT = "checkpoint.pt"
@@ -107,7 +108,7 @@ class Trainer:
         order = torch.randperm(len(self.images), generator=self._generator(progress.epoch, -1))
         bar = tqdm(
             range(progress.step, self.steps_per_epoch), self._title(stage), self.steps_per_epoch,
-            initial=progress.step, disable=self.quiet or not self.fabric.is_global_zero, leave=False,
+            initial=progress.step, disable=True if self.quiet or not self.fabric.is_global_zero else None, leave=False,
         )  # fmt: skip
         self.net.train()
         for step in bar:

@@ -1,0 +1,149 @@
+"""Volumes with masks to the folder of slices that training reads (see ``data.py``)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import BadInputError, ScoatFastError
+from ..imaging.dicom import read_series
+from ..imaging.files import StagedFiles, make_folder, write_text
+from ..imaging.nifti import SUFFIXES, read_nifti
+from ..imaging.volume import Turn, Volume, check_hu, check_same_grid
+from ..imaging.window import LUNG, Window
+from ..segmentation.cases import Case, find_cases
+from .data import COLUMNS
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Where volumes, their masks and the result lie, and which slices to take."""
+
+    images: Sequence[Path]
+    masks: Path
+    output: Path
+    lungs: Path | None = None
+    patients: Path | None = None  # CSV with the columns volume, patient
+    window: Window = LUNG
+    empty_every: int = 1  # of the slices without opacity, take every so many
+    quiet: bool = False
+
+
+def prepare(what: Preparation) -> bool:
+    """Writes images, masks and ``index.csv``; whether every volume could be used.
+
+    A volume that cannot be used is named on standard error, and the others go on. Masks are NIfTI files with the
+    names of the volumes, on the same grid up to the order and direction of its axes; any label counts as opacity.
+
+    Raises:
+        ScoatFastError: if the folder has an index already, or no volume could be used.
+    """
+    if (what.output / "index.csv").exists():
+        raise ScoatFastError(f"{what.output} already holds an index.csv; prepare into another folder")
+    patients = _read_patients(what.patients) if what.patients else {}
+    cases, errors = find_cases(what.images, what.output)
+    for kind in ("images", "masks", "lungs"):
+        make_folder(what.output / kind)
+    rows = []
+    for case in tqdm(cases, unit="volume", disable=True if what.quiet else None):
+        try:
+            rows += _prepare(case, what, patients.get(case.name, case.name))
+        except BadInputError as error:
+            errors.append(error)
+    for error in errors:
+        print(f"scoat-fast: {error}", file=sys.stderr)
+    if not rows:
+        raise ScoatFastError("no volume could be used")
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(what.output / "index.csv", text.getvalue())
+    return not errors
+
+
+def _prepare(case: Case, what: Preparation, patient: str) -> list[dict]:
+    """Writes the slices of one volume; their rows of the index."""
+    if case.kind == "picture":
+        raise BadInputError(case.path, "a volume is wanted (NIfTI or DICOM), not a picture")
+    volume = read_series(case.path) if case.kind == "dicom" else read_nifti(case.path)
+    turn = Turn(volume.affine)
+    hu = turn.to_slices(volume.voxels)
+    check_hu(case.path, hu)
+    masks = {"masks": _on_grid_of(volume, _labels(what.masks, case.name))}
+    if what.lungs:
+        masks["lungs"] = _on_grid_of(volume, _labels(what.lungs, case.name))
+    greys = (what.window.apply(hu) * 255).round().astype(np.uint8)
+    opacity = masks["masks"].any(axis=(1, 2))
+    empty = np.flatnonzero(~opacity)[:: what.empty_every]
+    rows = []
+    with StagedFiles() as files:
+        for k in sorted([*np.flatnonzero(opacity), *empty]):
+            id = f"{case.name}_z{k:03d}"
+            paths = {kind: f"{kind}/{id}.png" for kind in ("images", *masks)}
+            for kind, pixels in {"images": greys[k], **{kind: mask[k] for kind, mask in masks.items()}}.items():
+                picture = _square_pixels(Image.fromarray(pixels), turn.spacing[1:])
+                files.write(what.output / paths[kind], partial(picture.save, format="PNG"))
+            rows.append(
+                {
+                    "id": id,
+                    "set": "local",
+                    "patient": patient,
+                    "volume": case.name,
+                    "slice": k,
+                    "image": paths["images"],
+                    "mask": paths["masks"],
+                    "lung": paths.get("lungs", ""),
+                    "opacity_fraction": f"{masks['masks'][k].mean():.6f}",
+                    "window_low_hu": f"{what.window.low:g}",
+                    "window_high_hu": f"{what.window.high:g}",
+                }
+            )
+    return rows
+
+
+def _labels(folder: Path, name: str) -> Volume:
+    for suffix in SUFFIXES:
+        if (folder / f"{name}{suffix}").exists():
+            return read_nifti(folder / f"{name}{suffix}", labels=True)
+    raise BadInputError(folder, f"no mask {name}.nii.gz or {name}.nii")
+
+
+def _on_grid_of(volume: Volume, mask: Volume) -> np.ndarray:
+    """The mask as slices [N, H, W], bool; both volumes are turned first, since tools store axes as they like."""
+    turned = _turned(mask)
+    check_same_grid(_turned(volume), turned)
+    return turned.voxels != 0
+
+
+def _turned(volume: Volume) -> Volume:
+    turn = Turn(volume.affine)
+    return replace(volume, voxels=turn.to_slices(volume.voxels), affine=turn.slices_affine(volume.voxels.shape))
+
+
+def _square_pixels(picture: Image.Image, spacing: tuple[float, float]) -> Image.Image:
+    """Resized to the finer of the two spacings, where they differ: the index does not keep them."""
+    if np.isclose(*spacing, rtol=1e-3):
+        return picture
+    finer = min(spacing)
+    size = round(picture.width * spacing[1] / finer), round(picture.height * spacing[0] / finer)
+    return picture.resize(size, Image.Resampling.NEAREST if picture.mode == "1" else Image.Resampling.BILINEAR)
+
+
+def _read_patients(path: Path) -> dict[str, str]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {row["volume"]: row["patient"] for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInputError(path, f"cannot be read: {error}") from error
+    except KeyError as error:
+        raise BadInputError(path, f"lacks the column {error}") from error

@@ -1,0 +1,65 @@
+"""What several test files need: a small trained-looking network, a phantom, and files made of it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # these networks are too small for more to help
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from scoat_fast import SCOATNet
+from scoat_fast.pretrained import Pretrained, save
+
+GOLDEN = Path(__file__).parent / "golden"
+ASYMMETRIC = np.array([[-0.9, 0, 0, 80], [0, -0.8, 0, 60], [0, 0, 2.5, -30], [0, 0, 0, 1.0]])  # LPS axes, mm
+
+
+@pytest.fixture(autouse=True)
+def empty_is_nan():
+    """Uninitialised memory is NaN, so that reading it cannot go unnoticed."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def net() -> SCOATNet:
+    """A narrow network whose answer depends on its input everywhere; small, so that tests are fast."""
+    torch.manual_seed(7)
+    net = SCOATNet(width=3).eval()
+    net.pretrained = Pretrained("test", size=48)
+    return net
+
+
+@pytest.fixture(scope="session")
+def weights(net, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "test.safetensors"
+    save(net, path, net.pretrained)
+    return path
+
+
+@pytest.fixture(scope="session")
+def phantom() -> np.ndarray:
+    """A chest [40, 36, 6] in HU with axes left, posterior, superior: no symmetry, so that every flip shows."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (40, 36, 6)), indexing="ij")
+    hu = np.full(x.shape, -1000.0)
+    hu[(x / 0.9) ** 2 + (y / 0.8) ** 2 < 1] = 40
+    hu[((x + 0.4) / 0.3) ** 2 + ((y + 0.05) / 0.5) ** 2 < 1] = -850  # the right lung
+    hu[((x - 0.45) / 0.22) ** 2 + ((y - 0.1) / 0.4) ** 2 < 1] = -870  # the left one, smaller
+    hu[(x - 0.45) ** 2 + (y - 0.3) ** 2 + (z - 0.5) ** 2 / 4 < 0.03] = -400  # opacity, low in the back
+    hu[x**2 + (y - 0.65) ** 2 < 0.02] = 400  # the spine
+    return (hu + 10 * z).round().astype(np.int16)
+
+
+@pytest.fixture
+def ct(phantom, tmp_path) -> Path:
+    """The phantom as a NIfTI file."""
+    path = tmp_path / "ct.nii.gz"
+    nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), path)
+    return path

@@ -1,0 +1,144 @@
+"""DICOM series to volumes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from dicom_series import write_series
+
+from scoat_fast import BadInputError
+from scoat_fast.imaging.dicom import read_series
+from scoat_fast.imaging.volume import Turn
+
+
+@pytest.fixture
+def slices(phantom):
+    return np.ascontiguousarray(phantom.transpose(2, 1, 0)).astype(float)
+
+
+def test_slices_are_sorted_by_place_and_scaled_each_by_its_own(slices, tmp_path):
+    slopes = [(1, -1024), (2, -1000), (1, 0), (0.5, -3000), (1, 100), (1, -8192)]
+    volume = read_series(write_series(tmp_path / "s", slices, slopes=slopes))
+    turn = Turn(volume.affine)
+    np.testing.assert_allclose(turn.to_slices(volume.voxels), slices, atol=1)
+    np.testing.assert_allclose(turn.spacing, (2.5, 0.8, 0.9))
+    assert volume.warnings == []
+    # the first voxel of the first slice, in right-anterior-superior mm
+    np.testing.assert_allclose(volume.affine @ [0, 0, 0, 1], [30, 20, 100, 1])
+    np.testing.assert_allclose(volume.affine @ [1, 2, 1, 1], [30 - 0.9, 20 - 1.6, 102.5, 1])
+    np.testing.assert_allclose(volume.header.get_best_affine(), volume.affine, atol=1e-5)
+    assert volume.header.get_xyzt_units()[0] == "mm"
+
+
+@pytest.mark.parametrize("orientation", [[1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1]], ids=["coronal", "sagittal"])
+def test_other_planes_are_turned(slices, tmp_path, orientation):
+    """The same anatomy, acquired in another plane, gives the same slices."""
+    along_row, along_column = np.array(orientation, float).reshape(2, 3)
+    normal = np.cross(along_row, along_column)
+    # LPS indices of the phantom [k, j, i] -> slices of the other plane
+    axes = [int(np.abs(v).argmax()) for v in (normal, along_column, along_row)]
+    lps = slices.transpose(2, 1, 0)  # left, posterior, superior
+    turned = lps.transpose(axes)
+    for axis, vector in enumerate((normal, along_column, along_row)):
+        if vector.sum() < 0:
+            turned = np.flip(turned, axis)
+
+    def place(k, slice):
+        slice.ImageOrientationPatient = orientation
+        slice.ImagePositionPatient = list(normal * k * 2.0)
+        slice.PixelSpacing = [0.5, 0.7]
+
+    volume = read_series(write_series(tmp_path / "s", np.ascontiguousarray(turned), change=place))
+    np.testing.assert_allclose(Turn(volume.affine).to_slices(volume.voxels), slices, atol=1)
+
+
+def test_a_single_slice(slices, tmp_path):
+    def thick(k, slice):
+        slice.SliceThickness = 3
+
+    volume = read_series(write_series(tmp_path / "s", slices[:1], change=thick))
+    assert Turn(volume.affine).spacing == pytest.approx((3, 0.8, 0.9))
+    volume = read_series(write_series(tmp_path / "t", slices[:1]))
+    assert "assume 1 mm" in volume.warnings[0]
+
+
+def test_uneven_gaps_and_tilt_are_warned_about(slices, tmp_path):
+    def gap(k, slice):
+        slice.ImagePositionPatient = [0, 0, k * 2.5 + (k > 3) * 2.5]
+
+    def tilt(k, slice):
+        slice.ImagePositionPatient = [0, k * 1.0, k * 2.5]
+
+    assert "uneven gaps" in read_series(write_series(tmp_path / "g", slices, change=gap)).warnings[0]
+    assert "tilted by 21.8 degrees" in read_series(write_series(tmp_path / "t", slices, change=tilt)).warnings[0]
+
+
+def test_localizers_and_other_files_are_passed_over(slices, tmp_path):
+    folder = write_series(tmp_path / "s", slices)
+
+    def scout(k, slice):
+        slice.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+    write_series(tmp_path / "scout", slices[:1], change=scout)
+    (tmp_path / "scout" / "IM0000").rename(folder / "scout.dcm")
+    (folder / "readme.txt").write_text("hello")
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    assert read_series(folder).voxels.shape == (40, 36, 6)
+
+
+def spoil(**values):
+    """Changes slice 2 of a series; None takes a value away."""
+
+    def change(k, slice):
+        for name, value in values.items():
+            if k == 2 and value is None:
+                delattr(slice, name)
+            elif k == 2:
+                setattr(slice, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (spoil(Modality="MR"), "a CT is wanted, got modality MR"),
+        (spoil(RescaleSlope=0), "slope 0"),
+        (spoil(RescaleIntercept=float("inf")), "slope 1 and intercept inf"),
+        (spoil(PixelSpacing=[0.8, 1.9]), "PixelSpacing differs"),
+        (spoil(PixelSpacing=None), "PixelSpacing is missing"),
+        (spoil(ImagePositionPatient=None), "ImagePositionPatient is missing"),
+        (spoil(ImageOrientationPatient=[0, 1, 0, 1, 0, 0]), "ImageOrientationPatient differs"),
+        (spoil(Rows=18, Columns=80), "Rows differs"),
+        (spoil(ImagePositionPatient=[-30, -20, 100]), "lie in the same place"),
+        (spoil(PhotometricInterpretation="RGB"), "MONOCHROME2"),
+        (spoil(NumberOfFrames=3), "several frames"),
+        (spoil(SeriesInstanceUID="1.2.3"), "one series is wanted, got 2"),
+        (spoil(PixelData=b"\0\0"), "cannot be decoded"),
+        (lambda k, slice: setattr(slice, "PixelSpacing", [0, 1]), "not positive"),
+        (lambda k, slice: setattr(slice, "ImageOrientationPatient", [1, 0, 0, 1, 0, 0]), "singular|same place"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_series_that_are_no_volume_are_refused(slices, tmp_path, change, reason):
+    with pytest.raises(BadInputError, match=reason):
+        read_series(write_series(tmp_path / "s", slices, change=change))
+
+
+def test_a_damaged_file_is_not_passed_over(slices, tmp_path):
+    """Leaving out a slice would be a quiet gap in the volume."""
+    folder = write_series(tmp_path / "s", slices)
+    (folder / "IM0003").rename(folder / "IM0003.dcm")
+    (folder / "IM0003.dcm").write_bytes(b"junk" * 100)
+    with pytest.raises(BadInputError, match=r"IM0003\.dcm: not a DICOM file"):
+        read_series(folder)
+    (folder / "IM0003.dcm").unlink()
+    truncated = (folder / "IM0004").read_bytes()
+    (folder / "IM0004").write_bytes(truncated[: len(truncated) // 2])
+    with pytest.raises(BadInputError, match="IM0004"):
+        read_series(folder)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(BadInputError, match="no DICOM file with an image"):
+        read_series(tmp_path)

@@ -1,0 +1,91 @@
+"""The package as a whole: what it imports, which way its parts depend, what its help costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import scoat_fast
+from scoat_fast.cli import main
+
+ROOT = Path(scoat_fast.__file__).parent
+HEAVY = {"torch", "nibabel", "pydicom", "PIL", "numpy", "safetensors", "triton", "lightning_fabric", "cc3d", "monai"}
+# what each part may import of the package: data flows one way
+MAY_IMPORT = {
+    "errors": set(),
+    "imaging": {"errors"},
+    "layers": set(),
+    "model": {"layers", "pretrained"},  # from_pretrained, inside the function
+    "pretrained": {"errors", "imaging", "model"},
+    "segmentation": {"errors", "imaging", "model"},
+    "train": {"errors", "imaging", "model", "pretrained", "segmentation"},
+    "weights": set(),
+    "cli": {"errors", "imaging", "segmentation", "train"},
+}
+
+
+def modules_after(code: str) -> set[str]:
+    text = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    return set(text.split())
+
+
+def test_importing_the_package_and_the_command_line_is_lean():
+    assert not HEAVY & modules_after("import scoat_fast, scoat_fast.cli")
+
+
+def test_help_is_lean():
+    code = "import scoat_fast.cli as c\ntry: c.main(['segment', '--help'])\nexcept SystemExit: pass"
+    assert not HEAVY & modules_after(code)
+
+
+def test_the_network_needs_no_image_library():
+    assert not (HEAVY - {"torch", "numpy"}) & modules_after("import scoat_fast; scoat_fast.SCOATNet(width=3)")
+
+
+@pytest.mark.parametrize("name", scoat_fast.__all__)
+def test_public_names_exist(name):
+    assert getattr(scoat_fast, name) is not None
+
+
+def test_unknown_names_raise():
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        scoat_fast.nothing_like_this  # noqa: B018
+
+
+def test_parts_depend_one_way():
+    for path in ROOT.rglob("*.py"):
+        inside = path.relative_to(ROOT).with_suffix("").parts
+        if inside == ("__init__",):
+            continue
+        allowed = MAY_IMPORT[inside[0]] | {inside[0]}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            here = ("scoat_fast", *inside)[: -node.level]
+            target = (*here, *(node.module or "").split("."))[1:2]
+            targets = [target[0]] if target and target[0] else [alias.name for alias in node.names]
+            for name in targets:
+                assert name in allowed or name == "__version__", f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_version_and_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == scoat_fast.__version__
+    for command in ("segment", "prepare", "train", "validate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--quiet" in capsys.readouterr().out
+
+
+def test_modules_have_docstrings():
+    for path in ROOT.rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path

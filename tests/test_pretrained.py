@@ -1,0 +1,201 @@
+"""Weights files: what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scoat_fast import SCOATNet, WeightsError
+from scoat_fast.pretrained import Pretrained, load, save, shipped
+
+
+def metadata_of(path):
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length))["__metadata__"]
+
+
+def resave(weights, path, change=lambda state: state, **metadata):
+    """The weights with something changed."""
+    save_file(change(load_file(weights)), path, metadata_of(weights) | metadata)
+    return path
+
+
+def test_saved_and_loaded(net, weights):
+    other = SCOATNet.from_pretrained(weights)
+    assert other.pretrained == Pretrained("test", size=48)
+    assert not other.training
+    for name, value in net.state_dict().items():
+        loaded = other.state_dict()[name]
+        assert loaded.dtype == value.dtype
+        torch.testing.assert_close(loaded, value.half().float() if value.ndim > 1 else value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"in_channels": 3, "out_channels": 2, "deep_supervision": True},
+        {"block": "vgg", "equations": "paper"},
+        {"width": 5},
+    ],
+)
+def test_any_network_goes_through_a_file(arguments, tmp_path):
+    net = SCOATNet(**{"width": 3} | arguments).eval()
+    save(net, tmp_path / "w.safetensors", Pretrained("any", window=(-1000.0, 400.0), size=64, threshold=0.4))
+    other = load(tmp_path / "w.safetensors")
+    assert (other.in_channels, other.out_channels, other.width, other.block, other.equations, other.has_heads) == (
+        net.in_channels, net.out_channels, net.width, net.block, net.equations, net.has_heads,
+    )  # fmt: skip
+    assert other.pretrained == Pretrained("any", window=(-1000.0, 400.0), size=64, threshold=0.4)
+
+
+@pytest.mark.parametrize(
+    "wrap", [dict, lambda state: {f"module.{k}": v for k, v in state.items()}], ids=["plain", "module"]
+)
+def test_state_dicts_saved_by_torch_are_read(net, tmp_path, wrap):
+    torch.save(wrap(net.state_dict()), tmp_path / "published.pth")
+    other = SCOATNet.from_pretrained(tmp_path / "published.pth")
+    x = torch.rand(1, 1, 32, 32)
+    torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_weights_load(name):
+    net = SCOATNet.from_pretrained(name)
+    assert net.pretrained.name == name
+    assert "non-commercial" in net.pretrained.licence
+
+
+def test_an_unknown_name_lists_the_known(tmp_path):
+    with pytest.raises(WeightsError, match="neither a weights file nor one of the shipped weights"):
+        SCOATNet.from_pretrained("scoat-w9000")
+
+
+class Malicious:
+    """A pickle that would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickles_that_run_code_are_refused(tmp_path):
+    for legacy in (True, False):
+        torch.save(
+            {"final.weight": Malicious(tmp_path / "owned")},
+            tmp_path / "evil.pth",
+            _use_new_zipfile_serialization=legacy,
+        )
+        with pytest.raises(WeightsError, match=r"evil\.pth: refused, only plain tensors are read"):
+            SCOATNet.from_pretrained(tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def truncated(weights, path):
+    path.write_bytes(weights.read_bytes()[:-100])
+
+
+def flipped_header(weights, path):
+    path.write_bytes(b"\xff" * 16 + weights.read_bytes()[16:])
+
+
+def huge_header(weights, path):
+    path.write_bytes(struct.pack("<Q", 10**9) + weights.read_bytes()[8:])
+
+
+def empty(weights, path):
+    path.write_bytes(b"")
+
+
+def with_nan(weights, path):
+    def change(state):
+        state["conv2_1.conv1.weight"][0, 0, 0, 0] = float("nan")
+        return state
+
+    resave(weights, path, change)
+
+
+def with_infinity(weights, path):
+    resave(weights, path, lambda state: state | {"final.bias": torch.tensor([float("inf")])})
+
+
+def negative_variance(weights, path):
+    resave(weights, path, lambda state: state | {"conv0_0.bn1.running_var": -torch.ones(3)})
+
+
+def wrong_shape(weights, path):
+    resave(weights, path, lambda state: state | {"conv4_0.conv2.weight": torch.zeros(3, 3, 3, 3)})
+
+
+def missing_tensor(weights, path):
+    resave(weights, path, lambda state: {k: v for k, v in state.items() if k != "att1_2.W_x.0.weight"})
+
+
+def unknown_tensor(weights, path):
+    resave(weights, path, lambda state: state | {"extra": torch.zeros(1)})
+
+
+def not_a_scoatnet(weights, path):
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def other_width_said(weights, path):
+    network = json.loads(metadata_of(weights)["network"]) | {"width": 4000}
+    resave(weights, path, network=json.dumps(network))
+
+
+def odd_window(weights, path):
+    resave(weights, path, pretrained=json.dumps({"name": "x", "window": [100, -100]}))
+
+
+def odd_size(weights, path):
+    resave(weights, path, pretrained=json.dumps({"name": "x", "size": 10**9}))
+
+
+def odd_threshold(weights, path):
+    resave(weights, path, pretrained=json.dumps({"name": "x", "threshold": "high"}))
+
+
+def odd_json(weights, path):
+    resave(weights, path, network="{")
+
+
+def newer_format(weights, path):
+    resave(weights, path, format="scoat_fast 99")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated, flipped_header, huge_header, empty, with_nan, with_infinity, negative_variance, wrong_shape,
+        missing_tensor, unknown_tensor, not_a_scoatnet, other_width_said, odd_window, odd_size, odd_threshold, odd_json,
+        newer_format,
+    ],
+    ids=lambda damage: damage.__name__,
+)  # fmt: skip
+def test_damaged_weights_are_refused_with_one_clear_error(weights, tmp_path, damage):
+    path = tmp_path / "bad.safetensors"
+    damage(weights, path)
+    with pytest.raises(WeightsError, match=r"bad\.safetensors: ") as error:
+        SCOATNet.from_pretrained(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, b"PK\x03\x04" + b"\0" * 50])
+def test_damaged_pickles_are_refused(tmp_path, content):
+    (tmp_path / "bad.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"bad\.pth: refused"):
+        SCOATNet.from_pretrained(tmp_path / "bad.pth")
+
+
+def test_a_pickle_of_something_else_is_refused(tmp_path):
+    torch.save([1, 2, 3], tmp_path / "list.pth")
+    with pytest.raises(WeightsError, match="a state dict is wanted"):
+        SCOATNet.from_pretrained(tmp_path / "list.pth")

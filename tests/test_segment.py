@@ -1,0 +1,444 @@
+"""The main job: as a function, and as a command on files."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ASYMMETRIC
+from dicom_series import write_series
+from nibabel.orientations import apply_orientation, inv_ornt_aff
+from PIL import Image
+from test_imaging import ORIENTATIONS, broken_nifti
+
+import scoat_fast
+from scoat_fast import BadInputError, ScoatFastError
+from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
+from scoat_fast.segmentation.inference import Segmenter
+from scoat_fast.segmentation.overlay import FOUND, TRUTH, contact_sheet
+from scoat_fast.segmentation.statistics import measure, remove_small
+
+
+@pytest.fixture(scope="module")
+def level(net, phantom):
+    """A threshold that splits the phantom's probabilities in halves, so that masks are not trivial."""
+    found = scoat_fast.segment(phantom, affine=ASYMMETRIC, weights=net)
+    assert found.probabilities.std() > 1e-3
+    return float(np.median(found.probabilities))
+
+
+def run(*arguments) -> int:
+    return main([str(a) for a in arguments])
+
+
+def rows_of(output: Path) -> list[dict]:
+    with (output / "cases.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# As a function
+
+
+def test_segment_is_what_the_network_says(net, phantom, level):
+    """Against a plain computation at the network's own size, where nothing is resized."""
+    volume = np.kron(phantom.transpose(2, 1, 0)[:, :24, :24], np.ones((1, 2, 2)))  # [6, 48, 48], and 48 is the size
+    found = scoat_fast.segment(volume, (2.0, 0.7, 0.7), weights=net, threshold=level)
+    grey = torch.from_numpy(((volume + 1250) / 1500).clip(0, 1)).float()[:, None]
+    with torch.no_grad():
+        expected = net(grey)[:, 0].sigmoid().numpy()
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
+    np.testing.assert_array_equal(found.mask, found.probabilities > level)
+    assert found.mask.dtype == np.uint8
+    inside = found.mask.astype(bool)
+    assert 0 < inside.sum() < inside.size
+    numbers = found.statistics
+    assert numbers["voxels"] == inside.sum()
+    assert numbers["mm3"] == pytest.approx(inside.sum() * 2 * 0.7 * 0.7)
+    assert numbers["ml"] == pytest.approx(numbers["mm3"] / 1000)
+    assert numbers["hu_mean"] == pytest.approx(volume[inside].mean(), abs=1e-3)
+    assert numbers["hu_sd"] == pytest.approx(volume[inside].std(), abs=1e-3)
+    assert numbers["slices"] == inside.any((1, 2)).sum()
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS[::5], ids=lambda o: "".join(f"{int(a)}{int(s):+d}" for a, s in o))
+def test_the_result_turns_with_the_volume(net, phantom, level, orientation):
+    found = scoat_fast.segment(phantom, affine=ASYMMETRIC, weights=net, threshold=level)
+    affine = ASYMMETRIC @ inv_ornt_aff(orientation, phantom.shape)
+    turned = scoat_fast.segment(
+        apply_orientation(phantom, orientation), affine=affine, weights=net, threshold=level, attention=True
+    )
+    np.testing.assert_array_equal(turned.mask, apply_orientation(found.mask, orientation))
+    np.testing.assert_array_equal(turned.probabilities, apply_orientation(found.probabilities, orientation))
+    assert turned.statistics == found.statistics
+    assert turned.attention["x11"].shape == turned.mask.shape
+
+
+def test_spacing_and_affine_say_the_same(net, phantom):
+    by_affine = scoat_fast.segment(phantom, affine=ASYMMETRIC, weights=net)
+    by_spacing = scoat_fast.segment(phantom.transpose(2, 1, 0), (2.5, 0.8, 0.9), weights=net)
+    np.testing.assert_array_equal(by_spacing.mask, by_affine.mask.transpose(2, 1, 0))
+    assert by_spacing.statistics["ml"] == pytest.approx(by_affine.statistics["ml"])
+
+
+def test_batch_size_does_not_change_the_result(net, phantom):
+    one, many = (scoat_fast.segment(phantom, affine=ASYMMETRIC, weights=net, batch_size=n) for n in (1, 5))
+    np.testing.assert_allclose(one.probabilities, many.probabilities, atol=1e-5)
+
+
+def test_memory_that_runs_out_halves_the_batch(net, phantom):
+    class Small(type(net)):
+        def forward(self, input, **options):
+            if len(input) > 2:
+                raise torch.OutOfMemoryError("too much")
+            return super().forward(input, **options)
+
+    small = Small(width=3).eval()
+    small.load_state_dict(net.state_dict())
+    small.pretrained = net.pretrained
+    segmenter = Segmenter(small, batch_size=6)
+    found = segmenter.segment(phantom, affine=ASYMMETRIC)
+    assert segmenter.batch_size == 1  # 6, 3, 1
+    np.testing.assert_allclose(
+        found.probabilities, scoat_fast.segment(phantom, affine=ASYMMETRIC, weights=net).probabilities, atol=1e-5
+    )
+
+
+def test_threshold_and_small_regions(net, phantom, level):
+    masks = [
+        scoat_fast.segment(phantom, affine=ASYMMETRIC, weights=net, threshold=level, min_mm3=volume).mask
+        for volume in (0, 500, 1e9)
+    ]
+    assert masks[0].sum() >= masks[1].sum() > masks[2].sum() == 0
+    with pytest.raises(ScoatFastError, match="between 0 and 1"):
+        scoat_fast.segment(phantom, affine=ASYMMETRIC, weights=net, threshold=1.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({}, "either the spacing"),
+        ({"spacing": (1, 1, 1), "affine": np.eye(4)}, "either the spacing"),
+        ({"spacing": (1, 1)}, "three positive mm"),
+        ({"spacing": (1, np.nan, 1)}, "three positive mm"),
+        ({"spacing": (1, 0, 1)}, "three positive mm"),
+        ({"affine": np.full((4, 4), np.nan)}, "NaN or infinite"),
+        ({"affine": np.zeros((4, 4))}, "singular"),
+        ({"spacing": (1, 1, 1), "lung": np.zeros((2, 2, 2))}, "lung mask"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(net, phantom, arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        scoat_fast.segment(phantom, weights=net, **arguments)
+
+
+def test_volumes_that_make_no_sense_are_refused(net, phantom):
+    with pytest.raises(BadInputError, match="three dimensions"):
+        scoat_fast.segment(phantom[0], (1, 1, 1), weights=net)
+    with pytest.raises(BadInputError, match="numbers"):
+        scoat_fast.segment(phantom.astype(complex), (1, 1, 1), weights=net)
+    with pytest.raises(BadInputError, match="along the first axis"):
+        scoat_fast.segment(np.zeros((64, 64, 9)), (0.7, 0.7, 5), weights=net)
+    with pytest.raises(BadInputError, match="NaN or infinite, in 1 of 6 slices"):
+        scoat_fast.segment(np.where(phantom == phantom.max(), np.nan, phantom), affine=ASYMMETRIC, weights=net)
+
+
+def test_cuda_is_refused_where_there_is_none(net):
+    if torch.cuda.is_available():
+        assert Segmenter(net, "cuda").batch_size >= 1
+    else:
+        with pytest.raises(ScoatFastError, match="sees no CUDA GPU"):
+            Segmenter(net, "cuda")
+
+
+# Numbers
+
+
+def test_measure_by_hand():
+    mask = np.zeros((3, 4, 5), np.uint8)
+    mask[1, 1, 1:4] = 1
+    hu = np.arange(60.0).reshape(3, 4, 5)
+    lung = np.zeros_like(mask)
+    lung[1, :, :3] = 1
+    assert measure(mask, hu, 2.5, lung) == {
+        "voxels": 3,
+        "mm3": 7.5,
+        "ml": 0.0075,
+        "hu_mean": 27.0,
+        "hu_sd": pytest.approx((2 / 3) ** 0.5),
+        "slices": 1,
+        "lung_ml": 0.03,
+        "share_of_lung": 2 / 12,
+    }
+    empty = measure(mask * 0, hu, 2.5, lung * 0)
+    assert empty["voxels"] == empty["mm3"] == empty["slices"] == 0
+    assert empty["hu_mean"] is empty["hu_sd"] is empty["share_of_lung"] is None
+
+
+def test_small_regions_are_counted_over_corners_and_slices():
+    mask = np.zeros((3, 6, 6), np.uint8)
+    mask[0, 0, 0] = mask[1, 1, 1] = mask[2, 2, 2] = 1  # joined by corners
+    mask[0, 5, 5] = mask[0, 5, 4] = 1
+    kept = remove_small(mask, voxel_mm3=2.0, min_mm3=6.0)
+    assert kept.sum() == 3
+    assert kept[1, 1, 1] == 1
+    np.testing.assert_array_equal(remove_small(mask, 2.0, 4.0), mask)
+    assert remove_small(mask, 2.0, 6.1).sum() == 0
+
+
+def test_contact_sheet_shows_contours():
+    greys, mask, truth = np.full((15, 60, 50), 0.5, np.float32), np.zeros((15, 60, 50)), np.zeros((15, 60, 50))
+    mask[4, 20:40, 20:30] = 1
+    truth[14, 10:20, 20:30] = 1
+    sheet = np.asarray(contact_sheet(greys, mask, (0.8, 0.8), "title", truth))
+    for colour in (FOUND, TRUTH):
+        assert (sheet == colour).all(-1).sum() > 50
+    assert not (np.asarray(contact_sheet(greys, mask * 0, (0.8, 0.8), "title")) == FOUND).all(-1).any()
+
+
+# As a command
+
+
+def test_nifti_to_mask_overlay_and_numbers(ct, weights, level, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("segment", ct, "-o", out, "--weights", weights, "--threshold", level) == EXIT_OK
+    assert {p.name for p in out.iterdir()} == {"ct_mask.nii.gz", "ct_overlay.png", "ct.json", "cases.csv"}
+    source, mask = nib.load(ct), nib.load(out / "ct_mask.nii.gz")
+    assert (mask.affine == source.affine).all()
+    assert mask.get_data_dtype() == np.uint8
+    found = scoat_fast.segment(np.asarray(source.dataobj), affine=source.affine, weights=weights, threshold=level)
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), found.mask)
+    report = json.loads((out / "ct.json").read_text())
+    assert report["statistics"] == found.statistics
+    assert report["weights"] == "test"
+    (row,) = rows_of(out)
+    assert (row["case"], row["status"], int(row["voxels"])) == ("ct", "ok", found.statistics["voxels"])
+    assert "mL of opacity" in capsys.readouterr().out
+
+
+def test_quiet_says_nothing(ct, weights, tmp_path, capsys):
+    assert run("segment", ct, "-o", tmp_path / "out", "--weights", weights, "--quiet") == EXIT_OK
+    assert capsys.readouterr() == ("", "")
+
+
+def test_dicom_series_and_the_same_as_nifti_agree(phantom, weights, level, tmp_path):
+    series = write_series(tmp_path / "in" / "series7", phantom.transpose(2, 1, 0).astype(float))
+    assert run("segment", series, "-o", tmp_path / "out", "--weights", weights, "--threshold", level) == EXIT_OK
+    mask = nib.load(tmp_path / "out" / "series7_mask.nii.gz")
+    found = scoat_fast.segment(phantom, affine=ASYMMETRIC, weights=weights, threshold=level)
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), found.mask)
+    np.testing.assert_allclose(mask.affine[:3, :3], ASYMMETRIC[:3, :3], atol=1e-5)
+    assert not any("Doe" in p.read_text() for p in (tmp_path / "out").iterdir() if p.suffix in (".json", ".csv"))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+def test_pictures(phantom, weights, level, tmp_path, suffix):
+    grey = ((phantom[:, :, 2].T + 1250) / 1500).clip(0, 1)
+    Image.fromarray((grey * 255).astype(np.uint8)).save(tmp_path / f"slice.{suffix}")
+    options = ("--weights", weights, "--threshold", level, "--save-probabilities", "--save-attention")
+    assert run("segment", tmp_path / f"slice.{suffix}", "-o", tmp_path / "out", *options) == EXIT_OK
+    mask = np.asarray(Image.open(tmp_path / "out" / "slice_mask.png"))
+    assert mask.shape == (36, 40)
+    assert set(np.unique(mask)) == {0, 255}
+    probability = np.asarray(Image.open(tmp_path / "out" / "slice_probability.png")) / 255
+    assert (mask[probability > level + 0.01] == 255).all()
+    assert (mask[probability < level - 0.01] == 0).all()
+    assert len(list((tmp_path / "out").glob("slice_attention_x*.png"))) == 6
+    report = json.loads((tmp_path / "out" / "slice.json").read_text())
+    assert report["statistics"]["voxels"] == (mask > 0).sum()
+    assert report["statistics"]["mm3"] is None
+
+
+def test_probabilities_and_attention_lie_on_the_grid_of_the_input(ct, weights, tmp_path):
+    out = tmp_path / "out"
+    options = ("--weights", weights, "--save-probabilities", "--save-attention")
+    assert run("segment", ct, "-o", out, *options) == EXIT_OK
+    names = ["probability", *(f"attention_{name}" for name in ("x11", "x21", "x31", "x12", "x22", "x13"))]
+    for name in names:
+        image = nib.load(out / f"ct_{name}.nii.gz")
+        assert (image.affine == nib.load(ct).affine).all()
+        values = image.get_fdata()
+        assert values.shape == (40, 36, 6)
+        assert 0 <= values.min() < values.max() <= 1
+
+
+def test_share_of_the_lung(ct, phantom, weights, level, tmp_path):
+    lungs = tmp_path / "lungs"
+    lungs.mkdir()
+    nib.save(nib.Nifti1Image((phantom < -700).astype(np.uint8), ASYMMETRIC), lungs / "ct.nii.gz")
+    options = ("--weights", weights, "--threshold", level)
+    for lung in (lungs, lungs / "ct.nii.gz"):
+        out = tmp_path / f"out{lung.is_dir()}"
+        assert run("segment", ct, "-o", out, "--lung", lung, *options) == EXIT_OK
+        mask = np.asarray(nib.load(out / "ct_mask.nii.gz").dataobj).astype(bool)
+        expected = (mask & (phantom < -700)).sum() / (phantom < -700).sum()
+        assert json.loads((out / "ct.json").read_text())["statistics"]["share_of_lung"] == pytest.approx(expected)
+    nib.save(nib.Nifti1Image(np.zeros((40, 36, 6), np.uint8), np.eye(4)), lungs / "ct.nii.gz")
+    assert run("segment", ct, "-o", tmp_path / "bad", "--lung", lungs, *options) == EXIT_FAILED_CASES
+    assert "lies elsewhere" in rows_of(tmp_path / "bad")[0]["error"]
+
+
+def test_folders_are_searched_and_equal_names_told_apart(ct, phantom, weights, tmp_path):
+    root = tmp_path / "cohort"
+    for patient in ("a", "b"):
+        write_series(root / patient / "CT", phantom.transpose(2, 1, 0).astype(float)[:2])
+    shutil.copy(ct, root / "scan.nii.gz")
+    shutil.copy(ct, root / "a" / "scan.nii.gz")
+    Image.fromarray(np.tile(np.arange(48, dtype=np.uint8) * 5, (48, 1))).save(root / "scan.png")
+    (root / "notes.txt").write_text("nothing to see")
+    shutil.copy(ct, tmp_path / "other.nii.gz")
+    out = root / "results"
+    for _ in range(2):  # the second time the folder holds results, which are no inputs
+        assert run("segment", root, tmp_path / "other.nii.gz", "-o", out, "--weights", weights, "--quiet") == EXIT_OK
+        names = [row["case"] for row in rows_of(out)]
+        assert sorted(names) == ["a_CT", "b_CT", "other", "scan", "scan_nii_gz", "scan_png"]
+    assert all((out / f"{name}.json").exists() for name in names)
+
+
+def test_results_beside_the_inputs_are_not_segmented_again(ct, weights):
+    for _ in range(2):
+        assert run("segment", ct.parent, "-o", ct.parent, "--weights", weights, "--quiet") == EXIT_OK
+        assert [row["case"] for row in rows_of(ct.parent)] == ["ct"]
+
+
+def bad_cases(tmp_path, phantom) -> dict[str, Path]:
+    bad = broken_nifti(tmp_path)
+    del bad["a folder"]
+    volumes = {
+        "NaN voxel": np.where(phantom == phantom.max(), np.nan, phantom),
+        "constant": np.full((9, 9, 9), -700.0),
+        "not HU": (phantom + 1024).astype(np.int16),
+    }
+    for name, voxels in volumes.items():
+        bad[name] = tmp_path / f"{name.replace(' ', '_')}.nii.gz"
+        nib.save(nib.Nifti1Image(voxels, ASYMMETRIC), bad[name])
+    bad["blank picture"] = tmp_path / "blank.png"
+    Image.new("L", (40, 40), 7).save(bad["blank picture"])
+    bad["text as picture"] = tmp_path / "text.jpg"
+    bad["text as picture"].write_text("hello")
+    bad["text"] = tmp_path / "notes.txt"
+    bad["text"].write_text("hello")
+    bad["empty folder"] = tmp_path / "empty"
+    bad["empty folder"].mkdir()
+    bad["MR series"] = write_series(
+        tmp_path / "mr", phantom.transpose(2, 1, 0).astype(float), change=lambda k, s: setattr(s, "Modality", "MR")
+    )
+    bad["one DICOM file"] = bad["MR series"] / "IM0000"
+    return bad
+
+
+def test_bad_cases_are_one_line_each_and_the_others_go_on(ct, phantom, weights, tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    bad, out = bad_cases(tmp_path / "bad", phantom), tmp_path / "out"
+    assert run("segment", *bad.values(), ct, "-o", out, "--weights", weights) == EXIT_FAILED_CASES
+    rows = rows_of(out)
+    assert sum(row["status"] == "failed" for row in rows) == len(bad)
+    assert [row["case"] for row in rows if row["status"] == "ok"] == ["ct"]
+    assert {p.name for p in out.iterdir()} == {"ct_mask.nii.gz", "ct_overlay.png", "ct.json", "cases.csv"}
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == len(bad)
+    for name, path in bad.items():
+        assert any(line.startswith(f"scoat-fast: {path}") for line in lines), name
+    assert "unexpected" not in "".join(lines)
+
+
+def test_blank_slices_warn_and_do_not_fail(phantom, weights, tmp_path):
+    blank = phantom.copy()
+    blank[:, :, 3] = -1000
+    nib.save(nib.Nifti1Image(blank, ASYMMETRIC), tmp_path / "ct.nii.gz")
+    assert run("segment", tmp_path / "ct.nii.gz", "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+    assert "1 blank slices" in rows_of(tmp_path / "out")[0]["warnings"]
+
+
+def test_a_full_disk_costs_one_case_and_leaves_nothing_half_written(ct, weights, tmp_path, monkeypatch, capsys):
+    shutil.copy(ct, tmp_path / "second.nii.gz")
+    real, calls = os.fsync, []
+
+    def full_once(handle):
+        calls.append(handle)
+        if len(calls) == 2:  # the overlay of the first case
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full_once)
+    out = tmp_path / "out"
+    code = run("segment", ct, tmp_path / "second.nii.gz", "-o", out, "--weights", weights)
+    assert code == EXIT_FAILED_CASES
+    assert "ct_overlay.png: cannot be written: No space left on device" in capsys.readouterr().err
+    assert [row["status"] for row in rows_of(out)] == ["failed", "ok"]
+    assert {p.name for p in out.iterdir()} == {"second_mask.nii.gz", "second_overlay.png", "second.json", "cases.csv"}
+
+
+AS_NOBODY = textwrap.dedent(
+    """
+    import os, sys
+    from scoat_fast.cli import main
+    ct, weights, scratch, closed, secret = sys.argv[1:]
+    assert main(["segment", ct, "-o", scratch, "--weights", weights, "--quiet"]) == 0  # loads all that is needed
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    codes = [
+        main(["segment", ct, "-o", closed, "--weights", weights, "--quiet"]),
+        main(["segment", ct, "-o", closed + "/new", "--weights", weights, "--quiet"]),
+        main(["segment", secret, "-o", scratch, "--weights", weights, "--quiet"]),
+    ]
+    print(codes)
+    """
+)
+
+
+def test_no_permission_is_one_clear_line(ct, weights, tmp_path):
+    """As another user when the tests run as root, to whom permissions mean nothing."""
+    closed, scratch, secret = tmp_path / "closed", tmp_path / "scratch", tmp_path / "secret.nii.gz"
+    closed.mkdir()
+    scratch.mkdir()
+    shutil.copy(ct, secret)
+    for path in [tmp_path, *tmp_path.parents][:-1]:
+        if path.stat().st_uid == os.getuid() and path != Path("/tmp"):
+            path.chmod(path.stat().st_mode | 0o755)
+    for path in (weights.parent, weights.parent.parent):
+        path.chmod(path.stat().st_mode | 0o755)
+    scratch.chmod(0o777)
+    closed.chmod(0o555)
+    secret.chmod(0)
+    command = [sys.executable, "-c", AS_NOBODY, ct, weights, scratch, closed, secret]
+    result = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=120)
+    closed.chmod(0o755)
+    assert result.stdout.strip() == f"[{EXIT_USAGE}, {EXIT_USAGE}, {EXIT_FAILED_CASES}]", result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert sum("cannot be written: Permission denied" in line for line in lines) >= 2
+    assert any(line.endswith("secret.nii.gz: cannot be read: Permission denied") for line in lines)
+    assert list(closed.iterdir()) == []
+
+
+def test_weights_and_options_that_cannot_be_used_end_the_command(ct, weights, tmp_path, capsys):
+    for arguments, reason in [
+        (("--weights", "nowhere"), "neither a weights file"),
+        (("--weights", weights, "--threshold", 2), "between 0 and 1"),
+        (("--weights", weights, "--min-mm3", -1), "must be 0 or more"),
+        (("--weights", weights, "--device", "tpu9"), "device"),
+    ]:
+        assert run("segment", ct, "-o", tmp_path / "out", *arguments) == EXIT_USAGE
+        error = capsys.readouterr().err
+        assert reason in error
+        assert len(error.splitlines()) == 1
+
+
+def test_gzip_results_are_the_same_bytes_every_time(ct, weights, tmp_path):
+    for name in ("one", "two"):
+        assert run("segment", ct, "-o", tmp_path / name, "--weights", weights, "--quiet") == EXIT_OK
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    gzip.decompress((tmp_path / "one" / "ct_mask.nii.gz").read_bytes())

@@ -1,0 +1,430 @@
+"""Training: data, loss, recipes, and runs that can be killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ASYMMETRIC
+from dicom_series import write_series
+from PIL import Image
+
+from scoat_fast import BadInputError, SCOATNet
+from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
+from scoat_fast.imaging.window import LUNG, Window
+from scoat_fast.pretrained import Pretrained, save
+from scoat_fast.segmentation.inference import Segmenter
+from scoat_fast.train.augment import augment
+from scoat_fast.train.config import Stage, default_recipe, paper_recipe
+from scoat_fast.train.data import COLUMNS, fold_patients, load, of_patients, read_index, split
+from scoat_fast.train.evaluate import evaluate, table
+from scoat_fast.train.losses import dice_loss, hybrid_loss
+
+PATIENTS = ("p1", "p1", "p2", "p2", "p3", "")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder of 24 slices [40, 36] with bright squares to find, of three known patients and unknown ones."""
+    folder = tmp_path_factory.mktemp("data")
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in range(24):
+        image = rng.integers(60, 100, (40, 36)).astype(np.uint8)
+        mask = np.zeros((40, 36), bool)
+        if k % 4:
+            y, x = rng.integers(5, 22, 2)
+            mask[y : y + 10, x : x + 9] = True
+        image[mask] += 90
+        Image.fromarray(image).save(folder / f"images/s{k}.png")
+        Image.fromarray(mask).save(folder / f"masks/s{k}.png")
+        rows.append(
+            dict.fromkeys(COLUMNS, "")
+            | {"id": f"s{k}", "patient": PATIENTS[k % 6], "image": f"images/s{k}.png", "mask": f"masks/s{k}.png"}
+            | ({"window_low_hu": "-1350", "window_high_hu": "150"} if k % 2 else {})
+        )
+    write_index(folder, rows)
+    return folder
+
+
+def write_index(folder: Path, rows: list[dict]) -> None:
+    with (folder / "index.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+# Data
+
+
+def test_index_and_split_by_patient(data):
+    slices = read_index(data)
+    assert len(slices) == 24
+    train, held_out = split(slices, validate=["p2"], exclude=["p3"])
+    assert {s.patient for s in held_out} == {"p2"}
+    assert {s.patient for s in train} == {"p1", ""}
+    assert len(train) + len(held_out) == 20
+    with pytest.raises(ValueError, match="no slices of patient p9"):
+        of_patients(slices, ["p9"])
+    with pytest.raises(ValueError, match="cannot be both"):
+        split(slices, ["p1"], ["p1"])
+
+
+def test_folds_are_a_partition_of_the_patients(data):
+    slices = read_index(data)
+    folds = [fold_patients(slices, k, 3, seed=0) for k in range(3)]
+    assert sorted(name for fold in folds for name in fold) == ["p1", "p2", "p3"]
+    assert folds == [fold_patients(slices, k, 3, seed=0) for k in range(3)]
+    assert {*fold_patients(slices, 0, 2, 0, exclude=["p2"]), *fold_patients(slices, 1, 2, 0, exclude=["p2"])} == {
+        "p1",
+        "p3",
+    }
+    with pytest.raises(ValueError, match="fold 3 of 3"):
+        fold_patients(slices, 3, 3, 0)
+
+
+def test_slices_come_in_the_window_of_the_weights(data):
+    slices = read_index(data)
+    images, masks = load(slices, 40, LUNG, quiet=True)
+    assert images.shape == masks.shape == (24, 1, 40, 40)
+    stored = np.asarray(Image.open(data / "images/s0.png"))  # no window: as it is
+    np.testing.assert_array_equal(images[0, 0, :, 2:38], stored)
+    stored = np.asarray(Image.open(data / "images/s1.png")).astype(float)
+    hu = Window(-1350, 150).invert(stored / 255)
+    np.testing.assert_allclose(images[1, 0, :, 2:38], LUNG.apply(hu) * 255, atol=1)
+    np.testing.assert_array_equal(masks[1, 0, :, 2:38], np.asarray(Image.open(data / "masks/s1.png")))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda rows: [], "lists no slices"),
+        (lambda rows: [{k: v for k, v in row.items() if k != "mask"} for row in rows], "lacks the columns mask"),
+        (lambda rows: [rows[0] | {"image": "images/none.png"}], "'images/none.png' is not there"),
+        (lambda rows: [rows[0] | {"window_low_hu": "x", "window_high_hu": "3"}], "could not convert"),
+        (lambda rows: [rows[0] | {"window_low_hu": "9", "window_high_hu": "3"}], "low < high"),
+        (lambda rows: [rows[0], rows[0]], "an id twice"),
+    ],
+)
+def test_an_index_that_cannot_be_used_is_refused(data, tmp_path, change, reason):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).symlink_to(data / kind)
+    rows = list(csv.DictReader((data / "index.csv").open()))
+    changed = change(rows)
+    if changed:
+        write_index(tmp_path, changed)
+    else:
+        (tmp_path / "index.csv").write_text(",".join(COLUMNS) + "\n")
+    with pytest.raises(BadInputError, match=reason):
+        read_index(tmp_path)
+
+
+def test_a_mask_of_another_size_is_refused(data, tmp_path):
+    Image.new("1", (5, 5)).save(tmp_path / "mask.png")
+    with pytest.raises(BadInputError, match=r"a mask of \(40, 36\) is wanted"):
+        replace(read_index(data)[0], mask=tmp_path / "mask.png").read(LUNG)
+
+
+def test_augmentation_moves_image_and_mask_alike():
+    masks = torch.zeros(16, 1, 64, 64)
+    masks[:, :, 12:30, 20:44] = 1
+    images, moved = augment(masks * 0.6 + 0.2, masks, torch.Generator().manual_seed(3))
+    assert set(moved.unique().tolist()) == {0.0, 1.0}
+    assert 0 <= images.min() <= images.max() <= 1
+    for image, mask, before in zip(images, moved, masks, strict=True):
+        inside, outside = image[mask == 1], image[mask == 0]
+        assert inside.mean() - outside.mean() > 0.2
+        assert not torch.equal(mask, before)
+        assert 0.5 < mask.sum() / before.sum() < 2
+    again = augment(masks * 0.6 + 0.2, masks, torch.Generator().manual_seed(3))
+    assert torch.equal(images, again[0])
+    other = augment(masks * 0.6 + 0.2, masks, torch.Generator().manual_seed(4))
+    assert not torch.equal(images, other[0])
+
+
+# Loss and schedule
+
+
+def test_hybrid_loss_is_equation_7():
+    logits, target = torch.randn(3, 1, 7, 5, dtype=torch.float64), (torch.rand(3, 1, 7, 5) > 0.6).double()
+    p = 1 / (1 + (-logits).exp())
+    cross_entropy = -(target * p.log() + (1 - target) * (1 - p).log()).mean()
+    dice = 2 * (target * p).sum() / (target.square().sum() + p.square().sum())
+    expected = cross_entropy + 0.5 * (1 - dice)
+    assert hybrid_loss(logits, target).item() == pytest.approx(expected.item(), abs=1e-6)
+    heads = [logits, logits * 2]
+    mean = (hybrid_loss(logits, target) + hybrid_loss(logits * 2, target)) / 2
+    assert hybrid_loss(heads, target).item() == pytest.approx(mean.item())
+
+
+def test_loss_has_gradients_where_nothing_is_to_be_found():
+    logits = torch.zeros(2, 1, 8, 8, requires_grad=True)
+    loss = hybrid_loss(logits, torch.zeros(2, 1, 8, 8))
+    loss.backward()
+    assert loss.isfinite()
+    assert (logits.grad > 0).all()
+
+
+def test_dice_of_a_batch_in_parts_is_that_of_the_whole():
+    logits, target = torch.randn(4, 1, 8, 8), (torch.rand(4, 1, 8, 8) > 0.5).float()
+    sums = []
+    for part in (slice(0, 2), slice(2, 4)):
+        dice_loss(logits[part], target[part], lambda s: sums.append(s) or s)
+    assert dice_loss(logits[:2], target[:2], lambda s: sum(sums)).item() == pytest.approx(
+        dice_loss(logits, target).item(), abs=1e-6
+    )
+
+
+def test_schedules():
+    paper = paper_recipe().stages
+    assert [stage.rate(0, 10) for stage in paper] == [1e-2, 1e-3]
+    assert paper[0].rate(99, 10) == 1e-2
+    assert paper[0].rate(100, 10) == pytest.approx(1e-3)
+    assert paper[1].rate(499, 10) == pytest.approx(1e-7)
+    stage = Stage(10, 1.0, warmup=5)
+    rates = [stage.rate(step, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[5] == 1
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] < 1e-3
+    assert default_recipe(7).stages[0].epochs == 7
+
+
+# Runs
+
+TINY = ("--width", "3", "--size", "32", "--epochs", "2", "--validate", "p2", "--exclude", "p3", "--batch-size", "4",
+        "--quiet", "--device", "cpu")  # fmt: skip
+
+
+def train(data, folder, *more) -> int:
+    return main(["train", str(data), "-o", str(folder), *TINY, *map(str, more)])
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "weights.safetensors").read_bytes()
+
+
+def test_a_run_leaves_weights_logs_and_scores(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(data, run) == EXIT_OK
+    net = SCOATNet.from_pretrained(run / "weights.safetensors")
+    assert (net.width, net.pretrained.size, net.pretrained.window) == (3, 32, (-1250.0, 250.0))
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert all(0 < float(row["loss"]) < 5 and 0 <= float(row["dice"]) <= 1 for row in rows)
+    assert list((run / "tensorboard").iterdir())
+    assert json.loads((run / "config.json").read_text())["validate"] == ["p2"]
+    scores = json.loads((run / "validation.json").read_text())
+    assert set(scores) == {"p2", "total"}
+    assert "| p2 |" in capsys.readouterr().out
+    before = weights_of(run)
+    assert train(data, run) == EXIT_OK  # nothing is left to do
+    assert weights_of(run) == before
+    assert train(data, run, "--width", 4) == EXIT_USAGE
+    assert "another config" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_weights(data, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train(data, tmp_path / name, "--seed", seed, "--epochs", 1) == EXIT_OK
+    nets = [SCOATNet.from_pretrained(tmp_path / name / "weights.safetensors").state_dict() for name in "abc"]
+    assert all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
+    assert not torch.equal(nets[0]["final.weight"], nets[2]["final.weight"])
+
+
+KILLED = textwrap.dedent(
+    """
+    import os, signal, sys
+    import scoat_fast.train.trainer as trainer
+    trainer.CHECKPOINT_SECONDS = 0  # after every step
+    step, seen = trainer.Trainer._train_step, []
+    def counted(self, *args):
+        seen.append(1)
+        if len(seen) == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args)
+    trainer.Trainer._train_step = counted
+    from scoat_fast.cli import main
+    sys.exit(main(sys.argv[2:]))
+    """
+)
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path, recipe):
+    """16 slices in batches of 4: the default recipe has 8 steps here, the paper's two stages have 16."""
+    threads = dict(os.environ, OMP_NUM_THREADS="2")
+
+    def attempt(name, kill_at):
+        command = [sys.executable, "-c", KILLED, str(kill_at), "train", str(data), "-o", str(tmp_path / name), *TINY]
+        result = subprocess.run(
+            [*command, "--recipe", recipe], capture_output=True, text=True, timeout=120, env=threads
+        )
+        return result.returncode
+
+    assert attempt("whole", 1000) == EXIT_OK
+    for kill_at in (3, 4):  # in the first epoch, in the second
+        assert attempt("killed", kill_at) == -signal.SIGKILL
+        assert (tmp_path / "killed" / "checkpoint.pt").exists()
+    assert attempt("killed", 1000) == EXIT_OK
+    runs = [tmp_path / name for name in ("whole", "killed")]
+    ours, theirs = (SCOATNet.from_pretrained(run / "weights.safetensors").state_dict() for run in runs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    whole, killed = ([row["loss"] for row in csv.DictReader((run / "metrics.csv").open())] for run in runs)
+    assert whole == killed
+
+
+def test_a_damaged_checkpoint_is_refused(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"junk")
+    assert train(data, tmp_path / "run") == EXIT_USAGE
+    assert "checkpoint.pt: not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_init_starts_from_other_weights(data, tmp_path):
+    torch.manual_seed(5)
+    net = SCOATNet(width=3)
+    save(net, tmp_path / "start.safetensors", Pretrained("start", size=32))
+    from lightning_fabric import Fabric
+
+    from scoat_fast.train.config import Config
+    from scoat_fast.train.trainer import Trainer
+
+    config = Config(str(data), default_recipe(1), width=3, size=32, init=str(tmp_path / "start.safetensors"))
+    trainer = Trainer(config, tmp_path / "run", Fabric(accelerator="cpu", devices=1), quiet=True)
+    started = trainer.plain_net.state_dict()
+    for key, value in SCOATNet.from_pretrained(tmp_path / "start.safetensors").state_dict().items():
+        for name in [key] if not key.startswith("final.") else [key.replace("final", f"final{j}") for j in range(1, 5)]:
+            assert torch.equal(started[name], value), name
+
+
+def test_training_learns_what_is_to_be_found(data, tmp_path):
+    """Bright squares on grey: the loss must fall within a few epochs."""
+    assert train(data, tmp_path / "run", "--epochs", 8, "--recipe", "paper", "--one-head") == EXIT_OK
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert float(rows[-1]["loss"]) < 0.75 * float(rows[0]["loss"])
+
+
+def test_two_processes_train_as_one(data, tmp_path):
+    """The sums of the Dice loss and the gradients are those of the whole batch; BatchNorm sees each half."""
+    command = [sys.executable, "-m", "scoat_fast.cli", "train", str(data), "-o", str(tmp_path / "two"), *TINY]
+    result = subprocess.run([*command, "--epochs", "1", "--devices", "2"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == EXIT_OK, result.stderr
+    assert train(data, tmp_path / "one", "--epochs", 1) == EXIT_OK
+    one, two = (float(next(csv.DictReader((tmp_path / n / "metrics.csv").open()))["loss"]) for n in ("one", "two"))
+    assert two == pytest.approx(one, rel=0.1)
+
+
+# Scores
+
+
+class Oracle(Segmenter):
+    """Answers with what it is told."""
+
+    def __init__(self, net, answers):
+        super().__init__(net)
+        self.answers = iter(answers)
+
+    def probabilities(self, slices, spacing, attention=False, quiet=True):
+        return next(self.answers)[None].astype(np.float32), {}
+
+
+def test_scores_by_hand(data, net):
+    slices = [s for s in read_index(data) if s.patient in ("p1", "p2")]
+    truths = [s.read(LUNG)[1] for s in slices]
+    answers = []
+    for slice, truth in zip(slices, truths, strict=True):
+        answer = truth.copy() if slice.patient == "p1" else np.zeros_like(truth)
+        if slice.patient == "p1" and not truth.any():
+            answer[0, :5] = True
+        answers.append(answer)
+    scores = evaluate(Oracle(net, answers), slices, quiet=True)
+    truth = sum(t.sum() for s, t in zip(slices, truths, strict=True) if s.patient == "p1")
+    alarms = sum(not t.any() for s, t in zip(slices, truths, strict=True) if s.patient == "p1")
+    assert alarms > 0
+    assert scores["p1"]["Dice"] == pytest.approx(2 * truth / (2 * truth + 5 * alarms))
+    assert scores["p1"]["sensitivity"] == 1
+    assert scores["p1"]["precision"] == pytest.approx(truth / (truth + 5 * alarms))
+    assert scores["p1"]["false alarms"] == alarms
+    assert scores["p2"]["Dice"] == scores["p2"]["sensitivity"] == 0
+    assert scores["p2"]["precision"] is None
+    both = 2 * truth + 5 * alarms + sum(t.sum() for s, t in zip(slices, truths, strict=True) if s.patient == "p2")
+    assert scores["total"]["Dice"] == pytest.approx(2 * truth / both)
+    assert "| p2 |" in table(scores)
+
+
+def test_validate_command(data, weights, tmp_path, capsys):
+    arguments = ["validate", str(data), "--weights", str(weights), "--patients", "p1,p3", "--quiet"]
+    assert main([*arguments, "--json", str(tmp_path / "scores.json")]) == EXIT_OK
+    assert set(json.loads((tmp_path / "scores.json").read_text())) == {"p1", "p3", "total"}
+    assert "| total |" in capsys.readouterr().out
+    assert main(["validate", str(data), "--weights", str(weights), "--patients", "p7"]) == EXIT_USAGE
+
+
+# Prepare
+
+
+def test_prepare_makes_what_train_reads(phantom, tmp_path, capsys):
+    images, masks, lungs = (tmp_path / name for name in ("images", "masks", "lungs"))
+    for folder in (images, masks, lungs):
+        folder.mkdir()
+    opacity = (phantom > -500) & (phantom < -300)
+    opacity[:, :, :2] = False
+    nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), images / "a.nii.gz")
+    write_series(images / "b", phantom.transpose(2, 1, 0).astype(float))
+    flip = np.diag([-1.0, 1, 1, 1])
+    flip[0, 3] = 39
+    for name, affine in (("a", ASYMMETRIC @ flip), ("b", np.array(ASYMMETRIC))):
+        voxels = opacity[::-1] if name == "a" else opacity  # a mask may be stored the other way round
+        if name == "b":
+            affine[:3, 3] = [30, 20, 100]  # where write_series puts it
+        nib.save(nib.Nifti1Image(voxels.astype(np.uint8), affine), masks / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image((voxels * 0 + 1).astype(np.uint8), affine), lungs / f"{name}.nii.gz")
+    nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), images / "without_mask.nii.gz")
+    (tmp_path / "patients.csv").write_text("volume,patient\na,p1\nb,p2\n")
+    command = ["prepare", images, "--masks", masks, "--lungs", lungs, "--patients", tmp_path / "patients.csv",
+               "-o", tmp_path / "data", "--empty-every", 2, "--quiet"]  # fmt: skip
+    assert main([str(a) for a in command]) == EXIT_FAILED_CASES
+    assert "no mask without_mask.nii.gz" in capsys.readouterr().err
+    slices = read_index(tmp_path / "data")
+    assert [s.id for s in slices if s.patient == "p1"] == ["a_z000", "a_z002", "a_z003", "a_z004"]
+    assert len(slices) == 8
+    for slice in slices:
+        k = int(slice.id[-1])
+        image, mask = slice.read(LUNG)
+        shown = phantom[:, :, k].T
+        # the pixels 0.8 x 0.9 mm become square ones of 0.8
+        assert image.shape == mask.shape == (36, round(40 * 0.9 / 0.8))
+        columns = np.minimum(((np.arange(45) + 0.5) * 0.8 / 0.9).astype(int), 39)
+        np.testing.assert_array_equal(mask, opacity[:, :, k].T[:, columns])
+        assert np.abs(image - ((shown + 1250) / 1500).clip(0, 1)[:, columns]).mean() < 0.03
+    assert main([str(a) for a in command]) == EXIT_USAGE
+    assert "already holds an index.csv" in capsys.readouterr().err
+
+
+def test_prepare_refuses_masks_on_another_grid(phantom, tmp_path, capsys):
+    nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), tmp_path / "a.nii.gz")
+    (tmp_path / "masks").mkdir()
+    for voxels, affine, reason in [
+        (phantom[:-1], ASYMMETRIC, "wanted the grid"),
+        (phantom, ASYMMETRIC + np.eye(4)[3] * np.array([[0], [0], [9], [0]]), "lies elsewhere"),
+    ]:
+        nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "masks" / "a.nii.gz")
+        command = ["prepare", tmp_path / "a.nii.gz", "--masks", tmp_path / "masks", "-o", tmp_path / "data", "--quiet"]
+        assert main([str(a) for a in command]) == EXIT_USAGE
+        error = capsys.readouterr().err
+        assert reason in error
+        assert "no volume could be used" in error
