@@ -146,6 +146,7 @@ def _add_validate(commands) -> None:
     command.add_argument("--patients", type=_names, required=True, metavar="P,...", help="patients to score")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    command.add_argument("--overlays", type=Path, metavar="DIR", help="also a contact sheet of each patient")
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 

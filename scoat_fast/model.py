@@ -1,4 +1,4 @@
-"""SCOAT-Net (Zhao et al., "SCOAT-Net: A Novel Network for Segmenting COVID-19 Lung Opacification from CT Images")."""
+"""SCOAT-Net (Zhao et al., Pattern Recognition 119, 2021, doi 10.1016/j.patcog.2021.108109)."""
 
 from __future__ import annotations
 

@@ -38,7 +38,14 @@ def save(net: SCOATNet, path: str | Path, facts: Pretrained) -> None:
         key: (value.half() if value.ndim > 1 else value).detach().cpu().contiguous()
         for key, value in net.state_dict().items()
     }
-    network = {
+    metadata = {"format": FORMAT, **_network(net), **asdict(facts)}
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    write_atomically(path, lambda file: file.write(_sorted_header(to_bytes(state, text))))
+
+
+def _network(net: SCOATNet) -> dict:
+    """The constructor's arguments of ``net``."""
+    return {
         "in_channels": net.in_channels,
         "out_channels": net.out_channels,
         "width": net.width,
@@ -46,8 +53,14 @@ def save(net: SCOATNet, path: str | Path, facts: Pretrained) -> None:
         "deep_supervision": net.has_heads,
         "equations": net.equations,
     }
-    metadata = {"format": FORMAT, "network": json.dumps(network), "pretrained": json.dumps(asdict(facts))}
-    write_atomically(path, lambda file: file.write(to_bytes(state, metadata)))
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """safetensors writes metadata in an order that changes from run to run; equal weights shall be equal files."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def shipped() -> list[str]:
@@ -133,16 +146,27 @@ def _facts(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> tu
     try:
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {FORMAT!r} is wanted, got {metadata['format']!r}")
-        said = json.loads(metadata["network"])
-        network["equations"] = said.get("equations")
+        said = {key: _parse(metadata[key], type(value)) for key, value in network.items()}
+        network["equations"] = said["equations"]  # which the tensors do not show
         if said != network:
             raise ValueError(f"the metadata says {said}, the tensors {network}")
-        facts = Pretrained(**json.loads(metadata["pretrained"]))
-        low, high = (float(hu) for hu in facts.window)
-        if not (-10_000 < low < high < 10_000 and 0 < facts.threshold < 1):
-            raise ValueError(f"window {facts.window} or threshold {facts.threshold} is out of range")
-        if not (isinstance(facts.size, int) and 16 <= facts.size <= 4096):
-            raise ValueError(f"size must be within 16 to 4096, got {facts.size!r}")
+        low, high = (float(hu) for hu in json.loads(metadata["window"]))
+        facts = Pretrained(
+            name=metadata["name"],
+            window=(low, high),
+            size=_parse(metadata["size"], int),
+            threshold=_parse(metadata["threshold"], float),
+            licence=metadata["licence"],
+        )
+        if not (-10_000 < low < high < 10_000 and 0 < facts.threshold < 1 and 16 <= facts.size <= 4096):
+            raise ValueError(f"window {low}, {high}, threshold {facts.threshold} or size {facts.size} is out of range")
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(path, f"its metadata cannot be used: {error}") from error
-    return network, Pretrained(**{**asdict(facts), "window": (low, high)})
+        raise WeightsError(path, f"its metadata cannot be used: {type(error).__name__} {error}") from error
+    return network, facts
+
+
+def _parse(text: str, kind: type):
+    value = text if kind is str else json.loads(text)
+    if not isinstance(value, kind):
+        raise TypeError(f"a {kind.__name__} is wanted, got {text!r}")
+    return value

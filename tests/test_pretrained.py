@@ -36,6 +36,15 @@ def test_saved_and_loaded(net, weights):
         torch.testing.assert_close(loaded, value.half().float() if value.ndim > 1 else value, rtol=0, atol=0)
 
 
+def test_metadata_is_readable_by_anyone_and_equal_weights_are_equal_files(net, weights, tmp_path):
+    metadata = metadata_of(weights)
+    assert (metadata["width"], metadata["size"], metadata["threshold"]) == ("3", "48", "0.5")
+    assert json.loads(metadata["window"]) == [-1250, 250]
+    for k in range(5):
+        save(net, tmp_path / f"{k}.safetensors", net.pretrained)
+        assert (tmp_path / f"{k}.safetensors").read_bytes() == weights.read_bytes()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -147,24 +156,23 @@ def not_a_scoatnet(weights, path):
 
 
 def other_width_said(weights, path):
-    network = json.loads(metadata_of(weights)["network"]) | {"width": 4000}
-    resave(weights, path, network=json.dumps(network))
+    resave(weights, path, width="4000")
 
 
 def odd_window(weights, path):
-    resave(weights, path, pretrained=json.dumps({"name": "x", "window": [100, -100]}))
+    resave(weights, path, window="[100, -100]")
 
 
 def odd_size(weights, path):
-    resave(weights, path, pretrained=json.dumps({"name": "x", "size": 10**9}))
+    resave(weights, path, size="1000000000")
 
 
 def odd_threshold(weights, path):
-    resave(weights, path, pretrained=json.dumps({"name": "x", "threshold": "high"}))
+    resave(weights, path, threshold="high")
 
 
 def odd_json(weights, path):
-    resave(weights, path, network="{")
+    resave(weights, path, window="{")
 
 
 def newer_format(weights, path):

@@ -281,8 +281,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path, recipe):
         assert (tmp_path / "killed" / "checkpoint.pt").exists()
     assert attempt("killed", 1000) == EXIT_OK
     runs = [tmp_path / name for name in ("whole", "killed")]
-    ours, theirs = (SCOATNet.from_pretrained(run / "weights.safetensors").state_dict() for run in runs)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    states = [SCOATNet.from_pretrained(run / "weights.safetensors").state_dict() for run in runs]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     whole, killed = ([row["loss"] for row in csv.DictReader((run / "metrics.csv").open())] for run in runs)
     assert whole == killed
 
@@ -343,7 +343,7 @@ class Oracle(Segmenter):
 
 
 def test_scores_by_hand(data, net):
-    slices = [s for s in read_index(data) if s.patient in ("p1", "p2")]
+    slices = sorted((s for s in read_index(data) if s.patient in ("p1", "p2")), key=lambda s: s.patient)
     truths = [s.read(LUNG)[1] for s in slices]
     answers = []
     for slice, truth in zip(slices, truths, strict=True):
@@ -368,7 +368,9 @@ def test_scores_by_hand(data, net):
 
 def test_validate_command(data, weights, tmp_path, capsys):
     arguments = ["validate", str(data), "--weights", str(weights), "--patients", "p1,p3", "--quiet"]
-    assert main([*arguments, "--json", str(tmp_path / "scores.json")]) == EXIT_OK
+    more = ["--json", str(tmp_path / "scores.json"), "--overlays", str(tmp_path / "sheets")]
+    assert main([*arguments, *more]) == EXIT_OK
+    assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["p1.png", "p3.png"]
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {"p1", "p3", "total"}
     assert "| total |" in capsys.readouterr().out
     assert main(["validate", str(data), "--weights", str(weights), "--patients", "p7"]) == EXIT_USAGE

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ScoatFastError
-from ..imaging.files import write_text
+from ..imaging.files import make_folder, write_text
 
 
 def train(args: argparse.Namespace) -> int:
@@ -59,15 +59,18 @@ def validate(args: argparse.Namespace) -> int:
     """Scores weights as the command line says."""
     from ..segmentation.inference import Segmenter
 
-    _validate(Segmenter(args.weights, args.device), args.data, args.patients, args.json, args.quiet)
+    overlays = make_folder(args.overlays) if args.overlays else None
+    _validate(Segmenter(args.weights, args.device), args.data, args.patients, args.json, args.quiet, overlays)
     return 0
 
 
-def _validate(segmenter, data: Path, patients: Sequence[str], path: Path | None, quiet: bool) -> None:
+def _validate(
+    segmenter, data: Path, patients: Sequence[str], path: Path | None, quiet: bool, overlays: Path | None = None
+) -> None:
     from .data import of_patients, read_index
     from .evaluate import evaluate, table
 
-    metrics = evaluate(segmenter, of_patients(read_index(data), patients), quiet)
+    metrics = evaluate(segmenter, of_patients(read_index(data), patients), quiet, overlays)
     print(table(metrics))
     if path is not None:
         write_text(path, json.dumps(metrics, indent=2) + "\n")

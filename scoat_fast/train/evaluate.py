@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from ..imaging.files import write_atomically
 from ..segmentation.inference import Segmenter
+from ..segmentation.overlay import contact_sheet
 from .data import SQUARE_PIXELS, Slice
 
 TOTAL = "total"
 
 
-def evaluate(segmenter: Segmenter, slices: Sequence[Slice], quiet: bool = False) -> dict[str, dict]:
+def evaluate(
+    segmenter: Segmenter, slices: Sequence[Slice], quiet: bool = False, overlays: Path | None = None
+) -> dict[str, dict]:
     """Overlap with the masks, for each patient (all their pixels pooled) and in total.
 
     Slices go the way of ``scoat-fast segment``: resized to the network's size, back to their own grid, thresholded
     there. Ratios whose denominator is empty are None. "volume ratio" is predicted to true opacity, "false alarms"
-    counts slices without opacity in which some was found.
+    counts slices without opacity in which some was found. With ``overlays``, a contact sheet of each patient goes
+    into that folder: the masks in red, what was found in cyan.
     """
+    patients = sorted({slice.patient for slice in slices})
     counts: dict[str, np.ndarray] = {}
-    for slice in tqdm(slices, "validating", unit="slice", leave=False, disable=True if quiet else None):
-        image, truth = slice.read(segmenter.window)
-        predicted = segmenter.probabilities(image[None], SQUARE_PIXELS)[0][0] > segmenter.threshold(None)
-        false_alarm = predicted.any() and not truth.any()
-        row = np.array([(predicted & truth).sum(), predicted.sum(), truth.sum(), 1, truth.any(), false_alarm])
-        counts[slice.patient] = counts.get(slice.patient, 0) + row
-    counts = dict(sorted(counts.items()))
+    with tqdm(slices, "validating", unit="slice", leave=False, disable=True if quiet else None) as bar:
+        for patient in patients:
+            seen = []
+            for slice in (slice for slice in slices if slice.patient == patient):
+                image, truth = slice.read(segmenter.window)
+                found = segmenter.probabilities(image[None], SQUARE_PIXELS)[0][0] > segmenter.threshold(None)
+                counts[patient] = counts.get(patient, 0) + _count(found, truth)
+                if overlays is not None:
+                    seen.append((image, found, truth))
+                bar.update()
+            if overlays is not None:
+                metrics = _metrics(counts[patient])
+                dice = "-" if metrics["Dice"] is None else f"{metrics['Dice']:.2f}"
+                title = f"{patient}: Dice {dice}; red: radiologist, cyan: {segmenter.pretrained.name}"
+                image, found, truth = (np.stack(part) for part in zip(*seen, strict=True))
+                sheet = contact_sheet(image, found, SQUARE_PIXELS, title, truth)
+                write_atomically(overlays / f"{patient}.png", partial(sheet.save, format="PNG"))
     return {patient: _metrics(row) for patient, row in {**counts, TOTAL: sum(counts.values())}.items()}
+
+
+def _count(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    false_alarm = found.any() and not truth.any()
+    return np.array([(found & truth).sum(), found.sum(), truth.sum(), 1, truth.any(), false_alarm])
 
 
 def table(metrics: dict[str, dict]) -> str:

@@ -239,7 +239,7 @@ class Trainer:
         config = self.config
         net = SCOATNet(1, 1, config.width, config.block, equations=config.equations)
         net.load_state_dict(_last_head(_copy(self._current().state_dict())))
-        facts = Pretrained(name=self.folder.name, window=config.window, size=config.size, threshold=0.5)
+        facts = Pretrained(name=f"scoat-w{config.width}", window=config.window, size=config.size, threshold=0.5)
         if self.fabric.is_global_zero:
             save(net, self.folder / "weights.safetensors", facts)
         net.pretrained = facts
