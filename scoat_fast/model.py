@@ -118,7 +118,9 @@ class SCOATNet(nn.Module):
             raise ValueError("SCOATNet: this network has one head; build it with deep_supervision=True to get four")
         self._deep_supervision = bool(on)
 
-    def forward(self, input: Tensor, return_attention: bool = False):
+    def forward(
+        self, input: Tensor, return_attention: bool = False
+    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], dict[str, Tensor]]:
         """Logits for every pixel.
 
         Args:
@@ -137,14 +139,14 @@ class SCOATNet(nn.Module):
         x: dict[tuple[int, int], Tensor] = {(0, 0): self.conv0_0(pad_to_multiple(input, 2 ** (LEVELS - 1)))}
         for i in range(1, LEVELS):
             x[i, 0] = getattr(self, f"conv{i}_0")(self.pool(x[i - 1, 0]))
-        attention = {}
+        attention: dict[tuple[int, int], Tensor] = {}
         for j in range(1, LEVELS):
             for i in reversed(range(LEVELS - j)):
                 row, below = [x[i, k] for k in range(j)], x[i + 1, j - 1]
                 if i == 0:
                     from_below = upsample(below)
                 else:
-                    from_below, attention[f"x{i}{j}"] = getattr(self, f"att{i}_{j}")(row[-1], below)
+                    from_below, attention[i, j] = getattr(self, f"att{i}_{j}")(row[-1], below)
                 x[i, j] = getattr(self, f"conv{i}_{j}")(torch.cat([*row, from_below], 1))
 
         if self.deep_supervision:
@@ -153,12 +155,9 @@ class SCOATNet(nn.Module):
             output = (self.final4 if self.has_heads else self.final)(x[0, LEVELS - 1])[:, :, :height, :width]
         if not return_attention:
             return output
-        crops = {name: (-(-height // 2 ** int(name[1])), -(-width // 2 ** int(name[1]))) for name in attention}
-        return output, {f"x{i}{j}": _crop(attention[f"x{i}{j}"], crops[f"x{i}{j}"]) for i, j in ATTENTION_NODES}
-
-
-def _crop(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return maps[:, :, : size[0], : size[1]]
+        return output, {
+            f"x{i}{j}": attention[i, j][:, :, : -(-height // 2**i), : -(-width // 2**i)] for i, j in ATTENTION_NODES
+        }
 
 
 def _one_spelling(name: str, value: int, default: int, **others: int | None) -> int:

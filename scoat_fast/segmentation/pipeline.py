@@ -73,12 +73,13 @@ def segment_files(inputs: Sequence[str | Path], output: Path, segmenter: Segment
 
 
 def _attempt(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
+    segment_one = _segment_picture if case.kind == "picture" else _segment_volume
     try:
-        report = _segment_picture(case, output, segmenter, options) if case.kind == "picture" else _segment_volume(
-            case, output, segmenter, options
-        )  # fmt: skip
+        report = segment_one(case, output, segmenter, options)
     except (BadInputError, OutputError) as error:
         return _complain(case, error.path, error.reason)
+    except ScoatFastError as error:
+        return _complain(case, str(case.path), str(error))
     except Exception as error:  # one case must never cost the others; its traceback is not lost
         traceback.print_exc()
         return _complain(case, str(case.path), f"unexpected {type(error).__name__}: {error}")
