@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .errors import ScoatFastError
 
     args = _parser().parse_args(argv)
+    in_charge = threading.current_thread() is threading.main_thread()  # others cannot take signals
+    before = signal.signal(signal.SIGTERM, _interrupt) if in_charge else None
     try:
         return args.run(args)
     except (ScoatFastError, ValueError) as error:
@@ -27,6 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("scoat-fast: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        if in_charge:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame) -> None:
+    """Ends the command as Ctrl-C does, so that nothing half-written stays behind."""
+    raise KeyboardInterrupt
 
 
 def segment(args: argparse.Namespace) -> int:
@@ -100,14 +112,14 @@ def _add_segment(commands) -> None:
         epilog=EXIT_CODES,
     )
     command.set_defaults(run=segment)
-    command.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="file or folder")
+    command.add_argument("inputs", nargs="+", type=_input, metavar="INPUT", help="file or folder")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for the results")
     command.add_argument("--weights", default="scoat-w16", help="shipped weights or a file (default: %(default)s)")
     command.add_argument("--threshold", type=float, metavar="P", help="of the probability (default: the weights' own)")
     command.add_argument("--min-mm3", type=float, default=0.0, metavar="V", help="leave out regions smaller than this")
     command.add_argument("--lung", type=Path, metavar="MASK", help="lung mask, or a folder of CASE.nii.gz (CASE.png)")
-    command.add_argument("--save-probabilities", action="store_true", help="also CASE_probability.nii.gz")
-    command.add_argument("--save-attention", action="store_true", help="also the six CASE_attention_xIJ.nii.gz")
+    command.add_argument("--save-probabilities", action="store_true", help="also CASE_probability.nii.gz (.png, 8 bit)")
+    command.add_argument("--save-attention", action="store_true", help="also the six CASE_attention_xIJ.nii.gz (.png)")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
     command.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="slices at once, or auto")
     command.add_argument("--quiet", action="store_true", help="no progress bars, no summaries")
@@ -122,7 +134,7 @@ def _add_prepare(commands) -> None:
         epilog=EXIT_CODES,
     )
     command.set_defaults(run=prepare)
-    command.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="volumes, or folders of them")
+    command.add_argument("images", nargs="+", type=_input, metavar="IMAGES", help="volumes, or folders of them")
     command.add_argument("--masks", type=Path, required=True, help="folder with VOLUME.nii.gz for each volume")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="DATA", help="folder to make")
     command.add_argument("--lungs", type=Path, help="folder with lung masks, named in the same way")
@@ -130,7 +142,9 @@ def _add_prepare(commands) -> None:
     command.add_argument(
         "--window", type=float, nargs=2, default=(-1250.0, 250.0), metavar=("LOW", "HIGH"), help="in HU"
     )
-    command.add_argument("--empty-every", type=int, default=1, metavar="N", help="take every Nth slice without opacity")
+    command.add_argument(
+        "--empty-every", type=_positive, default=1, metavar="N", help="take every Nth slice without opacity"
+    )
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -161,11 +175,11 @@ def _add_train(commands) -> None:
     command.add_argument("data", type=Path, metavar="DATA", help="folder with index.csv")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder of this run")
     command.add_argument("--recipe", choices=("default", "paper"), default="default", help="default: %(default)s")
-    command.add_argument("--epochs", type=int, help="of each stage of the recipe (default: 40, paper: 50)")
-    command.add_argument("--batch-size", type=int, default=8, help="slices a step, over all devices (default: 8)")
+    command.add_argument("--epochs", type=_positive, help="of each stage of the recipe (default: 40, paper: 50)")
+    command.add_argument("--batch-size", type=_positive, default=8, help="slices a step, over all devices (default: 8)")
     command.add_argument("--width", type=int, default=16, help="channels on level 0 (default: %(default)s)")
     command.add_argument(
-        "--size", type=int, default=256, help="slices are resized to SIZE x SIZE (default: %(default)s)"
+        "--size", type=_size, default=256, help="slices are resized to SIZE x SIZE (default: %(default)s)"
     )
     command.add_argument("--block", choices=("res", "vgg"), default="res", help="default: %(default)s")
     command.add_argument(
@@ -177,26 +191,47 @@ def _add_train(commands) -> None:
     who.add_argument("--fold", type=_fold, metavar="K/N", help="validate on the K-th of N parts of the patients")
     command.add_argument("--exclude", type=_names, default=(), metavar="P,...", help="patients to leave out altogether")
     command.add_argument("--init", default="", metavar="WEIGHTS", help="start from these weights, by name or path")
+    command.add_argument("--name", help="of the weights, in their file (default: width and data)")
+    command.add_argument("--licence", default="", help="of the weights, in their file")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    command.add_argument("--devices", type=int, default=1, help="how many, each a process (default: %(default)s)")
+    command.add_argument("--devices", type=_positive, default=1, help="how many, each a process (default: %(default)s)")
     command.add_argument(
         "--precision",
         default="auto",
-        choices=("auto", "32-true", "bf16-mixed", "16-mixed"),
+        choices=("auto", "32-true", "bf16-mixed"),
         help="auto: bfloat16 where the hardware computes in it, else float32",
     )
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
+    names = tuple(name for name in text.split(",") if name)
+    if not names:
+        raise argparse.ArgumentTypeError(f"names with commas between them are wanted, got {text!r}")
+    return names
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"a positive number is wanted, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    if not (text.isdecimal() and 16 <= int(text) <= 4096):
+        raise argparse.ArgumentTypeError(f"a number within 16 to 4096 is wanted, got {text!r}")
+    return int(text)
+
+
+def _input(text: str) -> Path:
+    if not text:  # an unset variable of a script; Path would take it for the current folder
+        raise argparse.ArgumentTypeError("an input without a name")
+    return Path(text)
 
 
 def _batch_size(text: str) -> int | str:
-    if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"wanted a positive number or auto, got {text!r}")
-    return text if text == "auto" else int(text)
+    return text if text == "auto" else _positive(text)
 
 
 def _fold(text: str) -> tuple[int, int]:

@@ -13,8 +13,8 @@ class BadInputError(ScoatFastError, ValueError):
     """A file or folder that cannot be used: ``path`` names it, ``reason`` says what was wanted and what came."""
 
     def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
+        self.path, self.reason = str(path), " ".join(reason.split())  # one line, whatever a library had to say
+        super().__init__(f"{self.path}: {self.reason}")
 
 
 class WeightsError(BadInputError):

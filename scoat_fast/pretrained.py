@@ -18,7 +18,6 @@ from .imaging.window import LUNG
 from .model import SCOATNet
 
 FORMAT = "scoat_fast 1"
-LICENCE = "CC BY-NC-SA 4.0: research, non-commercial, never for clinical use"
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Pretrained:
     window: tuple[float, float] = (LUNG.low, LUNG.high)  # HU that become 0 and 1
     size: int = 512  # slices are resized to size x size
     threshold: float = 0.5  # of the probability
-    licence: str = LICENCE
+    licence: str = ""
 
 
 def save(net: SCOATNet, path: str | Path, facts: Pretrained) -> None:
@@ -78,8 +77,13 @@ def load(name_or_path: str | Path) -> SCOATNet:
         path = Path(str(resources.files("scoat_fast.weights") / f"{name_or_path}.safetensors"))
     else:
         path = Path(name_or_path)
-        if not path.is_file():
-            raise WeightsError(path, f"neither a weights file nor one of the shipped weights {', '.join(shipped())}")
+        try:
+            path.open("rb").close()
+        except FileNotFoundError as error:
+            known = ", ".join(shipped())
+            raise WeightsError(path, f"neither a weights file nor one of the shipped weights {known}") from error
+        except OSError as error:
+            raise WeightsError(path, f"cannot be read: {error.strerror}") from error
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
     state = {key.removeprefix("module."): value for key, value in state.items()}
     _check_values(path, state)
@@ -109,19 +113,20 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle that wants to run code, or whatever a damaged file raises
-        raise WeightsError(path, f"refused, only plain tensors are read: {_first_line(error)}") from error
+        raise WeightsError(path, f"refused, damaged or more than plain tensors ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()):
         raise WeightsError(path, "a state dict is wanted, from names to tensors")
     return state
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
-
-
 def _check_values(path: Path, state: dict[str, Tensor]) -> None:
     for key, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        wanted = torch.int64 if key.endswith("num_batches_tracked") else None
+        if value.layout != torch.strided or not (
+            value.dtype == wanted or (wanted is None and value.is_floating_point())
+        ):
+            raise WeightsError(path, f"{key} is a tensor of kind {value.dtype}, {value.layout}")
+        if not value.isfinite().all():
             raise WeightsError(path, f"{key} holds NaN or infinite values")
         if key.endswith("running_var") and (value < 0).any():
             raise WeightsError(path, f"{key} holds a negative variance")
@@ -160,7 +165,7 @@ def _facts(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> tu
         )
         if not (-10_000 < low < high < 10_000 and 0 < facts.threshold < 1 and 16 <= facts.size <= 4096):
             raise ValueError(f"window {low}, {high}, threshold {facts.threshold} or size {facts.size} is out of range")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise WeightsError(path, f"its metadata cannot be used: {type(error).__name__} {error}") from error
     return network, facts
 

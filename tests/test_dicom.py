@@ -104,7 +104,7 @@ def spoil(**values):
     [
         (spoil(Modality="MR"), "a CT is wanted, got modality MR"),
         (spoil(RescaleSlope=0), "slope 0"),
-        (spoil(RescaleIntercept=float("inf")), "slope 1 and intercept inf"),
+        (spoil(RescaleIntercept=float("inf")), "slope 1.0 and intercept inf"),
         (spoil(PixelSpacing=[0.8, 1.9]), "PixelSpacing differs"),
         (spoil(PixelSpacing=None), "PixelSpacing is missing"),
         (spoil(ImagePositionPatient=None), "ImagePositionPatient is missing"),
@@ -116,7 +116,9 @@ def spoil(**values):
         (spoil(SeriesInstanceUID="1.2.3"), "one series is wanted, got 2"),
         (spoil(PixelData=b"\0\0"), "cannot be decoded"),
         (lambda k, slice: setattr(slice, "PixelSpacing", [0, 1]), "not positive"),
-        (lambda k, slice: setattr(slice, "ImageOrientationPatient", [1, 0, 0, 1, 0, 0]), "singular|same place"),
+        (lambda k, slice: setattr(slice, "ImageOrientationPatient", [1, 0, 0, 1, 0, 0]), "two perpendicular"),
+        (lambda k, slice: setattr(slice, "ImageOrientationPatient", [2, 0, 0, 0, 2, 0]), "two perpendicular"),
+        (spoil(RescaleIntercept=""), "slope 1.0 and intercept None cannot be used"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -137,6 +139,26 @@ def test_a_damaged_file_is_not_passed_over(slices, tmp_path):
     (folder / "IM0004").write_bytes(truncated[: len(truncated) // 2])
     with pytest.raises(BadInputError, match="IM0004"):
         read_series(folder)
+
+
+def test_no_cut_loses_a_slice_quietly(slices, tmp_path):
+    """Wherever a file is cut off, the series is refused."""
+    folder = write_series(tmp_path / "s", slices)
+    whole = (folder / "IM0002").read_bytes()
+    for length in range(140, 1100, 13):
+        (folder / "IM0002").write_bytes(whole[:length])
+        with pytest.raises(BadInputError, match="IM0002"):
+            read_series(folder)
+
+
+def test_reports_beside_the_slices_are_passed_over(slices, tmp_path):
+    def report(k, slice):
+        slice.SOPClassUID = slice.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.22"
+        del slice.PixelData
+
+    folder = write_series(tmp_path / "s", slices)
+    (write_series(tmp_path / "sr", slices[:1], change=report) / "IM0000").rename(folder / "report")
+    assert read_series(folder).voxels.shape == (40, 36, 6)
 
 
 def test_an_empty_folder_is_refused(tmp_path):

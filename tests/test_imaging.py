@@ -334,6 +334,21 @@ def test_an_error_leaves_nothing_behind(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
+def test_what_a_killed_writer_left_goes_away(tmp_path):
+    for name in (".a[1].abc.part", ".b.abc.part"):
+        (tmp_path / name).write_bytes(b"half")
+    files.write_text(tmp_path / "a[1]", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1]", ".b.abc.part"}
+
+
+def test_a_rename_that_fails_takes_the_others_back(tmp_path):
+    (tmp_path / "b").mkdir()
+    with pytest.raises(OutputError, match="b: cannot be written"), files.StagedFiles() as staged:
+        staged.write(tmp_path / "a", lambda file: file.write(b"a"))
+        staged.write(tmp_path / "b", lambda file: file.write(b"b"))
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
 def test_a_full_disk_is_one_clear_error(tmp_path):
     def full(file):
         file.write(b"half")

@@ -77,7 +77,7 @@ def test_state_dicts_saved_by_torch_are_read(net, tmp_path, wrap):
 def test_shipped_weights_load(name):
     net = SCOATNet.from_pretrained(name)
     assert net.pretrained.name == name
-    assert "non-commercial" in net.pretrained.licence
+    assert "CC BY-NC-SA 4.0" in net.pretrained.licence
 
 
 def test_an_unknown_name_lists_the_known(tmp_path):
@@ -102,7 +102,7 @@ def test_pickles_that_run_code_are_refused(tmp_path):
             tmp_path / "evil.pth",
             _use_new_zipfile_serialization=legacy,
         )
-        with pytest.raises(WeightsError, match=r"evil\.pth: refused, only plain tensors are read"):
+        with pytest.raises(WeightsError, match=r"evil\.pth: refused, damaged or more than plain tensors"):
             SCOATNet.from_pretrained(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
 
@@ -141,6 +141,18 @@ def negative_variance(weights, path):
 
 def wrong_shape(weights, path):
     resave(weights, path, lambda state: state | {"conv4_0.conv2.weight": torch.zeros(3, 3, 3, 3)})
+
+
+def complex_tensor(weights, path):
+    resave(weights, path, lambda state: state | {"final.bias": torch.zeros(1, dtype=torch.complex64)})
+
+
+def integers(weights, path):
+    resave(weights, path, lambda state: state | {"final.weight": torch.zeros(1, 3, 3, 3, dtype=torch.int8)})
+
+
+def deep_json(weights, path):
+    resave(weights, path, window="[" * 100_000)
 
 
 def missing_tensor(weights, path):
@@ -183,6 +195,7 @@ def newer_format(weights, path):
     "damage",
     [
         truncated, flipped_header, huge_header, empty, with_nan, with_infinity, negative_variance, wrong_shape,
+        complex_tensor, integers, deep_json,
         missing_tensor, unknown_tensor, not_a_scoatnet, other_width_said, odd_window, odd_size, odd_threshold, odd_json,
         newer_format,
     ],

@@ -26,6 +26,7 @@ from test_imaging import ORIENTATIONS, broken_nifti
 import scoat_fast
 from scoat_fast import BadInputError, ScoatFastError
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
+from scoat_fast.segmentation.cases import find_cases
 from scoat_fast.segmentation.inference import Segmenter
 from scoat_fast.segmentation.overlay import FOUND, TRUTH, contact_sheet
 from scoat_fast.segmentation.statistics import measure, remove_small
@@ -158,7 +159,7 @@ def test_cuda_is_refused_where_there_is_none(net):
     if torch.cuda.is_available():
         assert Segmenter(net, "cuda").batch_size >= 1
     else:
-        with pytest.raises(ScoatFastError, match="sees no CUDA GPU"):
+        with pytest.raises(ScoatFastError, match="sees 0 CUDA GPUs"):
             Segmenter(net, "cuda")
 
 
@@ -284,9 +285,24 @@ def test_share_of_the_lung(ct, phantom, weights, level, tmp_path):
         mask = np.asarray(nib.load(out / "ct_mask.nii.gz").dataobj).astype(bool)
         expected = (mask & (phantom < -700)).sum() / (phantom < -700).sum()
         assert json.loads((out / "ct.json").read_text())["statistics"]["share_of_lung"] == pytest.approx(expected)
-    nib.save(nib.Nifti1Image(np.zeros((40, 36, 6), np.uint8), np.eye(4)), lungs / "ct.nii.gz")
-    assert run("segment", ct, "-o", tmp_path / "bad", "--lung", lungs, *options) == EXIT_FAILED_CASES
-    assert "lies elsewhere" in rows_of(tmp_path / "bad")[0]["error"]
+    flipped = ASYMMETRIC @ np.array([[-1, 0, 0, 39], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image((phantom < -700)[::-1].astype(np.uint8), flipped), lungs / "ct.nii.gz")
+    assert run("segment", ct, "-o", tmp_path / "flipped", "--lung", lungs, *options) == EXIT_OK
+    assert json.loads((tmp_path / "flipped" / "ct.json").read_text())["statistics"]["share_of_lung"] == pytest.approx(
+        expected
+    )
+    for voxels, affine, reason in [
+        (np.zeros((40, 36, 6), np.uint8), np.eye(4), "lies elsewhere"),
+        (np.zeros((40, 36, 5), np.uint8), ASYMMETRIC, "the grid of ct.nii.gz is wanted"),
+        (phantom, ASYMMETRIC, "a mask is wanted"),
+    ]:
+        nib.save(nib.Nifti1Image(voxels, affine), lungs / "ct.nii.gz")
+        assert run("segment", ct, "-o", tmp_path / "bad", "--lung", lungs, *options) == EXIT_FAILED_CASES
+        assert reason in rows_of(tmp_path / "bad")[0]["error"]
+    nib.save(nib.Nifti1Image(np.zeros((40, 36, 6), np.uint8), ASYMMETRIC), lungs / "ct.nii.gz")
+    assert run("segment", ct, "-o", tmp_path / "empty", "--lung", lungs, *options) == EXIT_OK
+    assert "the lung mask is empty" in rows_of(tmp_path / "empty")[0]["warnings"]
+    assert run("segment", ct, "-o", tmp_path / "no", "--lung", tmp_path / "nowhere", *options) == EXIT_USAGE
 
 
 def test_folders_are_searched_and_equal_names_told_apart(ct, phantom, weights, tmp_path):
@@ -306,10 +322,44 @@ def test_folders_are_searched_and_equal_names_told_apart(ct, phantom, weights, t
     assert all((out / f"{name}.json").exists() for name in names)
 
 
+def test_names_that_differ_by_case_alone_are_told_apart(tmp_path):
+    for name in ("a/CT.nii", "a/ct.nii", "A/ct.nii", "a/ct.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    cases, errors = find_cases([tmp_path], tmp_path / "out")
+    assert errors == []
+    assert len({case.name.casefold() for case in cases}) == 4
+
+
+def test_an_input_without_a_name_is_refused(weights, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run("segment", "", "-o", tmp_path / "out", "--weights", weights)
+    assert stop.value.code == EXIT_USAGE
+
+
 def test_results_beside_the_inputs_are_not_segmented_again(ct, weights):
     for _ in range(2):
         assert run("segment", ct.parent, "-o", ct.parent, "--weights", weights, "--quiet") == EXIT_OK
         assert [row["case"] for row in rows_of(ct.parent)] == ["ct"]
+
+
+def test_files_of_others_are_not_overwritten(ct, weights, capsys):
+    mine = ct.with_name("ct_mask.nii.gz")
+    shutil.copy(ct, mine)
+    before = mine.read_bytes()
+    assert run("segment", ct, "-o", ct.parent, "--weights", weights) == EXIT_FAILED_CASES
+    assert "is no result of this program" in capsys.readouterr().err
+    assert mine.read_bytes() == before
+
+
+def test_tiny_pictures(weights, tmp_path):
+    for side in (1, 3, 7, 9):
+        grey = np.arange(side * side, dtype=np.uint8).reshape(side, side) * 2 + 100
+        grey[0, 0] = 0
+        Image.fromarray(grey).save(tmp_path / f"p{side}.png")
+    pictures = [tmp_path / f"p{side}.png" for side in (3, 7, 9)]
+    assert run("segment", *pictures, "-o", tmp_path / "out", "--weights", weights, "--quiet") == EXIT_OK
+    assert run("segment", tmp_path / "p1.png", "-o", tmp_path / "out", "--weights", weights) == EXIT_FAILED_CASES
 
 
 def bad_cases(tmp_path, phantom) -> dict[str, Path]:
@@ -325,6 +375,12 @@ def bad_cases(tmp_path, phantom) -> dict[str, Path]:
         nib.save(nib.Nifti1Image(voxels, ASYMMETRIC), bad[name])
     bad["blank picture"] = tmp_path / "blank.png"
     Image.new("L", (40, 40), 7).save(bad["blank picture"])
+    bad["twelve bits in sixteen"] = tmp_path / "dark.png"
+    Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 2).save(bad["twelve bits in sixteen"])
+    bad["turned by EXIF"] = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.arange(1600).reshape(40, 40).astype(np.uint8)).save(bad["turned by EXIF"], exif=exif)
     bad["text as picture"] = tmp_path / "text.jpg"
     bad["text as picture"].write_text("hello")
     bad["text"] = tmp_path / "notes.txt"
@@ -384,7 +440,7 @@ AS_NOBODY = textwrap.dedent(
     """
     import os, sys
     from scoat_fast.cli import main
-    ct, weights, scratch, closed, secret = sys.argv[1:]
+    ct, weights, scratch, closed, secret, folder = sys.argv[1:]
     assert main(["segment", ct, "-o", scratch, "--weights", weights, "--quiet"]) == 0  # loads all that is needed
     if os.getuid() == 0:
         os.setgid(65534)
@@ -393,6 +449,8 @@ AS_NOBODY = textwrap.dedent(
         main(["segment", ct, "-o", closed, "--weights", weights, "--quiet"]),
         main(["segment", ct, "-o", closed + "/new", "--weights", weights, "--quiet"]),
         main(["segment", secret, "-o", scratch, "--weights", weights, "--quiet"]),
+        main(["segment", folder, "-o", scratch, "--weights", weights, "--quiet"]),
+        main(["segment", folder + "/closed/x.nii.gz", ct, "-o", scratch, "--weights", weights, "--quiet"]),
     ]
     print(codes)
     """
@@ -413,10 +471,17 @@ def test_no_permission_is_one_clear_line(ct, weights, tmp_path):
     scratch.chmod(0o777)
     closed.chmod(0o555)
     secret.chmod(0)
-    command = [sys.executable, "-c", AS_NOBODY, ct, weights, scratch, closed, secret]
+    folder = tmp_path / "folder"
+    (folder / "closed").mkdir(parents=True)
+    shutil.copy(ct, folder / "fine.nii.gz")
+    (folder / "closed").chmod(0)
+    command = [sys.executable, "-c", AS_NOBODY, ct, weights, scratch, closed, secret, folder]
     result = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=120)
     closed.chmod(0o755)
-    assert result.stdout.strip() == f"[{EXIT_USAGE}, {EXIT_USAGE}, {EXIT_FAILED_CASES}]", result.stderr
+    (folder / "closed").chmod(0o755)
+    codes = [EXIT_USAGE, EXIT_USAGE, EXIT_FAILED_CASES, EXIT_FAILED_CASES, EXIT_FAILED_CASES]
+    assert json.loads(result.stdout) == codes, result.stderr
+    assert {"fine.json", "ct.json"} <= {path.name for path in scratch.iterdir()}  # the others went on
     lines = result.stderr.strip().splitlines()
     assert sum("cannot be written: Permission denied" in line for line in lines) >= 2
     assert any(line.endswith("secret.nii.gz: cannot be read: Permission denied") for line in lines)
@@ -429,6 +494,7 @@ def test_weights_and_options_that_cannot_be_used_end_the_command(ct, weights, tm
         (("--weights", weights, "--threshold", 2), "between 0 and 1"),
         (("--weights", weights, "--min-mm3", -1), "must be 0 or more"),
         (("--weights", weights, "--device", "tpu9"), "device"),
+        (("--weights", weights, "--device", "meta"), "device"),
     ]:
         assert run("segment", ct, "-o", tmp_path / "out", *arguments) == EXIT_USAGE
         error = capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def test_folds_are_a_partition_of_the_patients(data):
         "p1",
         "p3",
     }
-    with pytest.raises(ValueError, match="fold 3 of 3"):
+    with pytest.raises(ValueError, match="fold 4/3"):
         fold_patients(slices, 3, 3, 0)
 
 
@@ -235,6 +236,8 @@ def test_a_run_leaves_weights_logs_and_scores(data, tmp_path, capsys):
     assert weights_of(run) == before
     assert train(data, run, "--width", 4) == EXIT_USAGE
     assert "another config" in capsys.readouterr().err
+    assert net.pretrained.name == f"scoat-w3 on {data.name}"
+    assert net.pretrained.licence == ""
 
 
 def test_the_same_seed_gives_the_same_weights(data, tmp_path):
@@ -292,6 +295,39 @@ def test_a_damaged_checkpoint_is_refused(data, tmp_path, capsys):
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"junk")
     assert train(data, tmp_path / "run") == EXIT_USAGE
     assert "checkpoint.pt: not a readable checkpoint" in capsys.readouterr().err
+    torch.save({"net": {}}, tmp_path / "run" / "checkpoint.pt")
+    assert train(data, tmp_path / "run") == EXIT_USAGE
+    assert "checkpoint.pt: not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_data(data, tmp_path, capsys):
+    copied = tmp_path / "data"
+    shutil.copytree(data, copied)
+    assert train(copied, tmp_path / "run", "--epochs", 1) == EXIT_OK
+    lines = (copied / "index.csv").read_text().splitlines()
+    (copied / "index.csv").write_text("\n".join(lines[:-1]) + "\n")
+    capsys.readouterr()
+    assert train(copied, tmp_path / "run", "--epochs", 1) == EXIT_USAGE
+    assert "changed since" in capsys.readouterr().err
+
+
+def test_the_log_is_whole_when_a_run_was_killed_before_its_last_row(data, tmp_path):
+    assert train(data, tmp_path / "run") == EXIT_OK
+    log = tmp_path / "run" / "metrics.csv"
+    whole = log.read_text()
+    log.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert train(data, tmp_path / "run") == EXIT_OK
+    assert log.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    "option", ["--epochs 0", "--epochs -1", "--batch-size 0", "--size 5", "--size 0", "--validate ,", "--fold 3/2"]
+)
+def test_options_out_of_range_are_refused(data, tmp_path, option):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(data), "-o", str(tmp_path / "run"), *option.split()])
+    assert stop.value.code == EXIT_USAGE
+    assert not (tmp_path / "run").exists()
 
 
 def test_init_starts_from_other_weights(data, tmp_path):
@@ -309,6 +345,15 @@ def test_init_starts_from_other_weights(data, tmp_path):
     for key, value in SCOATNet.from_pretrained(tmp_path / "start.safetensors").state_dict().items():
         for name in [key] if not key.startswith("final.") else [key.replace("final", f"final{j}") for j in range(1, 5)]:
             assert torch.equal(started[name], value), name
+
+
+def test_init_takes_four_heads_and_refuses_another_width(data, tmp_path, capsys):
+    save(SCOATNet(width=3, deep_supervision=True), tmp_path / "deep.safetensors", Pretrained("deep", size=32))
+    assert train(data, tmp_path / "run", "--epochs", 1, "--init", tmp_path / "deep.safetensors") == EXIT_OK
+    save(SCOATNet(width=4), tmp_path / "wide.safetensors", Pretrained("wide", size=32))
+    capsys.readouterr()
+    assert train(data, tmp_path / "other", "--init", tmp_path / "wide.safetensors") == EXIT_USAGE
+    assert "wide.safetensors: does not fit a network of width 3" in capsys.readouterr().err
 
 
 def test_training_learns_what_is_to_be_found(data, tmp_path):
@@ -394,9 +439,9 @@ def test_prepare_makes_what_train_reads(phantom, tmp_path, capsys):
         if name == "b":
             affine[:3, 3] = [30, 20, 100]  # where write_series puts it
         nib.save(nib.Nifti1Image(voxels.astype(np.uint8), affine), masks / f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image((voxels * 0 + 1).astype(np.uint8), affine), lungs / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image((voxels < 1).astype(np.uint8), affine), lungs / f"{name}.nii.gz")
     nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), images / "without_mask.nii.gz")
-    (tmp_path / "patients.csv").write_text("volume,patient\na,p1\nb,p2\n")
+    (tmp_path / "patients.csv").write_text("\ufeffvolume,patient\na,p1\nb,p2\nwithout_mask,p3\n")
     command = ["prepare", images, "--masks", masks, "--lungs", lungs, "--patients", tmp_path / "patients.csv",
                "-o", tmp_path / "data", "--empty-every", 2, "--quiet"]  # fmt: skip
     assert main([str(a) for a in command]) == EXIT_FAILED_CASES
@@ -417,12 +462,29 @@ def test_prepare_makes_what_train_reads(phantom, tmp_path, capsys):
     assert "already holds an index.csv" in capsys.readouterr().err
 
 
-def test_prepare_refuses_masks_on_another_grid(phantom, tmp_path, capsys):
+def test_prepare_wants_a_patient_for_each_volume(phantom, tmp_path, capsys):
+    nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), tmp_path / "a.nii.gz")
+    (tmp_path / "masks").mkdir()
+    nib.save(nib.Nifti1Image((phantom > 0).astype(np.uint8), ASYMMETRIC), tmp_path / "masks" / "a.nii.gz")
+    for rows in ("A,p1\n", "a,\n", "a\n"):
+        (tmp_path / "patients.csv").write_text(f"volume,patient\n{rows}")
+        command = ["prepare", tmp_path / "a.nii.gz", "--masks", tmp_path / "masks", "-o", tmp_path / "data", "--quiet",
+                   "--patients", tmp_path / "patients.csv"]  # fmt: skip
+        assert main([str(a) for a in command]) == EXIT_USAGE
+        assert "names no patient for the volume a" in capsys.readouterr().err
+
+
+def test_prepare_refuses_what_is_no_mask_of_the_volume(phantom, tmp_path, capsys):
+    opacity = ((phantom > -500) & (phantom < -300)).astype(np.float32)
     nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), tmp_path / "a.nii.gz")
     (tmp_path / "masks").mkdir()
     for voxels, affine, reason in [
-        (phantom[:-1], ASYMMETRIC, "wanted the grid"),
-        (phantom, ASYMMETRIC + np.eye(4)[3] * np.array([[0], [0], [9], [0]]), "lies elsewhere"),
+        (opacity[:-1], ASYMMETRIC, "the grid of a.nii.gz is wanted"),
+        (opacity, ASYMMETRIC + np.eye(4)[3] * np.array([[0], [0], [9], [0]]), "lies elsewhere"),
+        (phantom, ASYMMETRIC, "a mask is wanted"),
+        (opacity * 0.5, ASYMMETRIC, "a mask is wanted"),
+        (np.where(opacity, np.nan, 0), ASYMMETRIC, "a mask is wanted"),
+        (opacity * 0 + 1, ASYMMETRIC, "every voxel is set"),
     ]:
         nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "masks" / "a.nii.gz")
         command = ["prepare", tmp_path / "a.nii.gz", "--masks", tmp_path / "masks", "-o", tmp_path / "data", "--quiet"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID_dictionary
 
 from ..errors import BadInputError
 from .nifti import new_header
@@ -19,14 +20,14 @@ TILT = 1.0  # degrees between the slices' normal and the way from one to the nex
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file calls itself DICOM, by its suffix or its preamble."""
+    """Whether a file calls itself DICOM, by its suffix or its preamble. Raises BadInputError if it cannot be read."""
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
-    except OSError:
-        return False  # what cannot be opened is not known to be a slice
+    except OSError as error:  # it may be a slice, and a volume must not lack one quietly
+        raise BadInputError(path, f"cannot be read: {error.strerror}") from error
 
 
 def read_series(folder: str | Path, files: Sequence[Path] | None = None) -> Volume:
@@ -40,7 +41,7 @@ def read_series(folder: str | Path, files: Sequence[Path] | None = None) -> Volu
     """
     folder = Path(folder)
     files = sorted(path for path in folder.iterdir() if path.is_file() and is_dicom(path)) if files is None else files
-    slices = [slice for slice in map(_read, files) if "PixelData" in slice and not _is_localizer(slice)]
+    slices = [slice for slice in map(_read, files) if _is_image(slice) and not _is_localizer(slice)]
     if not slices:
         raise BadInputError(folder, "no DICOM file with an image")
     series = {str(slice.get("SeriesInstanceUID", "")) for slice in slices}
@@ -81,6 +82,16 @@ def _read(path: Path) -> pydicom.FileDataset:
         raise BadInputError(path, f"damaged: {error}") from error
 
 
+def _is_image(slice: pydicom.FileDataset) -> bool:
+    """Whether this is an image, and not a report, say. Raises BadInputError if it should be one and is cut off."""
+    if "PixelData" in slice:
+        return True
+    kind = slice.get("SOPClassUID") or slice.file_meta.get("MediaStorageSOPClassUID")
+    if kind in UID_dictionary and "Image Storage" not in kind.name:
+        return False
+    raise BadInputError(slice.filename, "truncated: an image is wanted, got no pixels")
+
+
 def _is_localizer(slice: pydicom.FileDataset) -> bool:
     return "LOCALIZER" in [str(value).upper() for value in slice.get("ImageType", None) or []]
 
@@ -101,6 +112,9 @@ def _check(slice: pydicom.FileDataset) -> None:
             values = np.array([np.nan])
         if values.shape != (count,) or not np.isfinite(values).all():
             raise BadInputError(path, f"{name} is missing or not {count} finite numbers")
+    cosines = np.asarray(slice.ImageOrientationPatient, float).reshape(2, 3)
+    if not np.allclose(cosines @ cosines.T, np.eye(2), atol=1e-2):
+        raise BadInputError(path, "ImageOrientationPatient is not two perpendicular directions of length 1")
     if min(float(mm) for mm in slice.PixelSpacing) <= 0:
         raise BadInputError(path, f"PixelSpacing is not positive: {list(slice.PixelSpacing)}")
     for name in ("Rows", "Columns"):
@@ -138,11 +152,16 @@ def _hounsfield(slice: pydicom.FileDataset) -> np.ndarray:  # [rows, columns] fl
         stored = slice.pixel_array
     except Exception as error:  # decoders raise many kinds on damaged or compressed data
         syntax = slice.file_meta.TransferSyntaxUID.name if "TransferSyntaxUID" in slice.file_meta else "unknown"
-        raise BadInputError(slice.filename, f"its pixels ({syntax}) cannot be decoded: {error}") from error
+        raise BadInputError(
+            slice.filename, f"its pixels ({syntax}) cannot be decoded; compressed ones need pylibjpeg: {error}"
+        ) from error
+    if stored.shape != (slice.Rows, slice.Columns):
+        raise BadInputError(slice.filename, f"{slice.Rows} x {slice.Columns} pixels are wanted, got {stored.shape}")
+    said = slice.get("RescaleSlope", 1), slice.get("RescaleIntercept", 0)
     try:
-        slope, intercept = float(slice.get("RescaleSlope", 1)), float(slice.get("RescaleIntercept", 0))
+        slope, intercept = map(float, said)
     except (TypeError, ValueError):
-        slope, intercept = np.nan, np.nan
-    if not np.isfinite([slope, intercept]).all() or slope == 0:
-        raise BadInputError(slice.filename, f"slope {slope:g} and intercept {intercept:g} cannot be used")
+        slope = np.nan
+    if not (np.isfinite(slope) and np.isfinite(intercept) and slope != 0):
+        raise BadInputError(slice.filename, f"slope {said[0]} and intercept {said[1]} cannot be used")
     return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)

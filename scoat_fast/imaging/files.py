@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,8 @@ class StagedFiles:
     """Several files that become visible together, when the ``with`` block ends without an error.
 
     Each is written under a temporary name in its own folder, flushed to disk and renamed at the end, so that a
-    killed process or a full disk never leaves a file that only looks finished. Raises OutputError.
+    killed process or a full disk never leaves a file that only looks finished; what a killed process left under a
+    temporary name goes away when the same file is written again. Raises OutputError.
     """
 
     def __init__(self) -> None:
@@ -27,7 +29,9 @@ class StagedFiles:
     def write(self, path: Path, writer: Callable[[BinaryIO], None]) -> None:
         """Stages ``path`` with what ``writer`` writes into the binary file that it is given."""
         try:
-            handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+            for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+                stale.unlink()
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
             self._staged.append((Path(temporary), path))
             with os.fdopen(handle, "wb") as file:
                 writer(file)
@@ -38,12 +42,16 @@ class StagedFiles:
             raise OutputError(path, error.strerror or str(error)) from error
 
     def __exit__(self, kind, error, traceback) -> None:
+        shown: list[Path] = []
         try:
             if kind is None:
                 for temporary, path in self._staged:
                     try:
                         temporary.replace(path)
+                        shown.append(path)
                     except OSError as failure:
+                        for earlier in shown:
+                            earlier.unlink()
                         raise OutputError(path, failure.strerror or str(failure)) from failure
                 for folder in {path.parent for _, path in self._staged}:
                     _sync_folder(folder)

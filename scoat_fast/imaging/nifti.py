@@ -89,7 +89,8 @@ def new_header(affine: np.ndarray, shape: tuple[int, int, int]) -> Nifti1Header:
 
 def stem(path: Path) -> str:
     """The name of a file without ``.nii.gz`` or its last suffix."""
-    return path.name.removesuffix(".gz").removesuffix(".nii") if path.name.endswith(SUFFIXES) else path.stem
+    suffix = next((suffix for suffix in reversed(SUFFIXES) if path.name.lower().endswith(suffix)), path.suffix)
+    return path.name[: len(path.name) - len(suffix)]
 
 
 def _read_header(path: Path, file: BinaryIO) -> Nifti1Header:
@@ -140,6 +141,9 @@ def _affine(path: Path, header: Nifti1Header) -> tuple[np.ndarray, list[str]]:
         raise BadInputError(path, f"its spacing is not finite: {', '.join(f'{mm:g}' for mm in spacing)}")
     if int(header["sform_code"]) == 0 and spacing.min() <= 0:
         raise BadInputError(path, f"its spacing is not positive: {', '.join(f'{mm:g}' for mm in spacing)}")
+    if header["pixdim"][0] == 0:
+        header = header.copy()
+        header["pixdim"][0] = 1  # as the standard has it: 0 means 1
     try:
         affine = header.get_best_affine()
     except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:

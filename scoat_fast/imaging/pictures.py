@@ -11,6 +11,8 @@ from PIL import Image
 from ..errors import BadInputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+BRIGHT, SEEN = 0.3, 0.002  # any lung window shows tissue brighter than this, on more than this share of a slice
+EXIF_ORIENTATION, TIFF_PHOTOMETRIC = 274, 262
 COLOUR_TOLERANCE = 16  # grey levels between the channels of a grey picture that went through JPEG or WebP
 
 
@@ -28,6 +30,8 @@ def read_picture(path: str | Path) -> np.ndarray:
             with Image.open(path) as picture:
                 if getattr(picture, "n_frames", 1) > 1:
                     raise BadInputError(path, f"one picture is wanted, this file holds {picture.n_frames}")
+                if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
+                    raise BadInputError(path, "its EXIF orientation turns it: save it upright, spine down")
                 return _grey(path, picture)
     except BadInputError:
         raise
@@ -44,8 +48,24 @@ def read_mask(path: str | Path) -> np.ndarray:
     return read_picture(path) > 0
 
 
+def check_windowed(path: str | Path, grey: np.ndarray) -> None:
+    """Raises BadInputError unless a picture [H, W] in 0..1 can be a windowed chest slice, with tissue in it.
+
+    The network would answer with an empty mask, which would look like a healthy patient.
+    """
+    if grey.min() == grey.max():
+        raise BadInputError(path, f"every pixel is {grey.min():.3g} of white: nothing to segment")
+    if (grey > BRIGHT).mean() < SEEN:
+        raise BadInputError(
+            path,
+            f"not a windowed slice: nothing is brighter than {BRIGHT:.0%} of white, the maximum is {grey.max():.1%}",
+        )
+
+
 def _grey(path: str | Path, picture: Image.Image) -> np.ndarray:
     if picture.mode.startswith("I;16"):
+        if getattr(picture, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == 0:
+            raise BadInputError(path, "a picture in which black is 0 is wanted, here white is")
         return np.asarray(picture, dtype=np.float32) / 65535
     if picture.mode in ("1", "L"):
         return np.asarray(picture.convert("L"), dtype=np.float32) / 255

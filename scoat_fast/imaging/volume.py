@@ -72,7 +72,9 @@ class Turn:
 
 def check_affine(path: str | Path, affine: np.ndarray) -> None:
     """Raises BadInputError unless ``affine`` maps a grid to space."""
-    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+    if affine.shape != (4, 4):
+        raise BadInputError(path, f"an affine [4, 4] is wanted, got {affine.shape}")
+    if not np.isfinite(affine).all():
         raise BadInputError(path, "its affine has NaN or infinite entries")
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if lengths.min() < 1e-6 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
@@ -105,14 +107,29 @@ def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
     return [f"{len(blank)} blank slices, counted from the feet: {_some(blank)}"] if blank else []
 
 
-def check_same_grid(volume: Volume, other: Volume) -> None:
-    """Raises BadInputError unless ``other`` lies on the grid of ``volume``."""
-    if other.voxels.shape != volume.voxels.shape:
-        raise BadInputError(
-            other.path, f"wanted the grid {volume.voxels.shape} of {volume.path.name}, got {other.voxels.shape}"
-        )
-    if not np.allclose(other.affine, volume.affine, atol=1e-2):
-        raise BadInputError(other.path, f"lies elsewhere in space than {volume.path.name}: their affines differ")
+def check_mask(path: str | Path, voxels: np.ndarray) -> None:
+    """Raises BadInputError unless ``voxels`` can be a mask: labels from 0 up that leave something out."""
+    if not np.isfinite(voxels).all() or voxels.min() < 0 or (voxels != np.round(voxels)).any():
+        raise BadInputError(path, "a mask is wanted: whole numbers from 0 up")
+    if voxels.all():
+        raise BadInputError(path, "a mask is wanted: here every voxel is set")
+
+
+def mask_on_grid(volume: Volume, mask: Volume) -> np.ndarray:
+    """A mask as bool on the grid of ``volume``, from labels on the same grid up to the order and direction of axes.
+
+    Raises:
+        BadInputError: if it lies on another grid, or is no mask.
+    """
+    check_mask(mask.path, mask.voxels)
+    ours, theirs = Turn(volume.affine), Turn(mask.affine)
+    slices = theirs.to_slices(mask.voxels)
+    shape = ours.to_slices(volume.voxels).shape
+    if slices.shape != shape:
+        raise BadInputError(mask.path, f"the grid of {volume.path.name} is wanted, {shape}, got {slices.shape}")
+    if not np.allclose(ours.slices_affine(volume.voxels.shape), theirs.slices_affine(mask.voxels.shape), atol=1e-2):
+        raise BadInputError(mask.path, f"lies elsewhere in space than {volume.path.name}: their affines differ")
+    return ours.from_slices(slices != 0)
 
 
 def _some(numbers: list[int], most: int = 8) -> str:

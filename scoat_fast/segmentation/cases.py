@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from pathlib import Path
 from ..errors import BadInputError
 from ..imaging import dicom, nifti, pictures
 
-OUTPUTS = ("_mask.nii.gz", "_probability.nii.gz", "_attention_", "_mask.png", "_overlay.png")
+RESULT = re.compile(r"(.+)_(mask|overlay|probability|attention_x\d\d)\.(nii\.gz|png)")
 
 
 @dataclass(frozen=True)
@@ -30,24 +32,25 @@ def find_cases(inputs: Sequence[str | Path], output: Path) -> tuple[list[Case], 
     apart by the folders above them, and by their suffix.
     """
     cases: dict[Path, Case] = {}
-    errors = []
+    errors: list[BadInputError] = []
     for given in map(Path, inputs):
         try:
-            for case in _cases(given, output.resolve()):
+            for case in _cases(given, output.resolve(), errors):
                 cases.setdefault(case.path.resolve(), case)
         except BadInputError as error:
             errors.append(error)
+        except OSError as error:
+            errors.append(BadInputError(given, f"cannot be read: {error.strerror}"))
     return _tell_apart(list(cases.values())), errors
 
 
-def _cases(given: Path, output: Path) -> list[Case]:
-    if given.is_dir():
-        found = sorted(_in_folder(given, output), key=lambda case: str(case.path))
-        if not found:
+def _cases(given: Path, output: Path, errors: list[BadInputError]) -> list[Case]:
+    if stat.S_ISDIR(given.stat().st_mode):
+        before = len(errors)
+        found = sorted(_in_folder(given, output, errors), key=lambda case: str(case.path))
+        if not found and len(errors) == before:
             raise BadInputError(given, "an empty folder: no NIfTI file, DICOM series or picture in it")
         return found
-    if not given.exists():
-        raise BadInputError(given, "no such file or folder")
     kind = _kind(given)
     if kind == "dicom":
         raise BadInputError(given, "one DICOM file: give the folder of its series")
@@ -56,24 +59,36 @@ def _cases(given: Path, output: Path) -> list[Case]:
     return [Case(_stem(given, kind), kind, given)]
 
 
-def _in_folder(folder: Path, output: Path) -> Iterable[Case]:
-    def refuse(error: OSError) -> None:
-        raise BadInputError(error.filename or folder, f"cannot be read: {error.strerror}") from error
+def _in_folder(folder: Path, output: Path, errors: list[BadInputError]) -> Iterable[Case]:
+    """The cases below a folder; what cannot be read is added to ``errors``."""
 
-    for root, folders, names in os.walk(folder, onerror=refuse):
+    def note(error: OSError) -> None:
+        errors.append(BadInputError(error.filename or folder, f"cannot be read: {error.strerror}"))
+
+    for root, folders, names in os.walk(folder, onerror=note):
         here = Path(root)
         folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() != output]
         own = here.resolve() == output
         series = False
         for name in sorted(names):
-            if name.startswith(".") or (own and any(part in name for part in OUTPUTS)):
+            if name.startswith(".") or (own and is_result(here / name)):
                 continue
-            kind = _kind(here / name)
+            try:
+                kind = _kind(here / name)
+            except BadInputError as error:
+                errors.append(error)
+                continue
             if kind == "dicom" and not series:
                 series = True
                 yield Case(_stem(here, kind), kind, here)
             elif kind in ("nifti", "picture"):
                 yield Case(_stem(here / name, kind), kind, here / name)
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file is a result of this program: named as one, and with its case's report beside it."""
+    match = RESULT.fullmatch(path.name)
+    return match is not None and (path.parent / f"{match[1]}.json").exists()
 
 
 def _kind(path: Path) -> str | None:
@@ -89,24 +104,27 @@ def _stem(path: Path, kind: str) -> str:
 
 
 def _tell_apart(cases: list[Case]) -> list[Case]:
-    """Gives equal names within a folder their suffixes, then those of different folders their folders."""
-    within = Counter((case.path.resolve().parent, _key(case)) for case in cases)
-    cases = [
-        replace(case, name=case.path.name.replace(".", "_"))
-        if within[case.path.resolve().parent, _key(case)] > 1
-        else case
-        for case in cases
+    """Gives equal names their suffixes within a folder, then their folders' names, and at last numbers."""
+    places = [(case.path.resolve().parent, _key(case)) for case in cases]
+    crowded = Counter(places)
+    names = [
+        case.path.name.replace(".", "_") if crowded[place] > 1 else case.name
+        for case, place in zip(cases, places, strict=True)
     ]
-    level = 0
-    while repeated := {key for key, count in Counter(map(_key, cases)).items() if count > 1}:
-        cases = [_with_parent(case, level) if _key(case) in repeated else case for case in cases]
-        level += 1
-    return cases
+    parents = [[parent.name for parent in case.path.resolve().parents] for case in cases]
+    for level in range(max(map(len, parents), default=0)):
+        repeated = _repeated(names)
+        names = [
+            f"{above[level]}_{name}" if name.casefold() in repeated and level < len(above) and above[level] else name
+            for name, above in zip(names, parents, strict=True)
+        ]
+    repeated = _repeated(names)  # only names that differ by case alone, in one folder
+    names = [f"{name}-{i + 1}" if name.casefold() in repeated else name for i, name in enumerate(names)]
+    return [replace(case, name=name) for case, name in zip(cases, names, strict=True)]
 
 
-def _with_parent(case: Case, level: int) -> Case:
-    parents = case.path.resolve().parents
-    return replace(case, name=f"{parents[level].name}_{case.name}") if level < len(parents) else case
+def _repeated(names: list[str]) -> set[str]:
+    return {name for name, count in Counter(map(str.casefold, names)).items() if count > 1}
 
 
 def _key(case: Case) -> str:

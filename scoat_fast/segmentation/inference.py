@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from ..errors import BadInputError, ScoatFastError
 from ..imaging.grid import from_square, to_square
-from ..imaging.volume import Turn, check_affine, check_hu
+from ..imaging.volume import Turn, check_affine, check_hu, check_mask
 from ..imaging.window import Window
 from ..model import ATTENTION_NODES, SCOATNet
 from .statistics import measure, remove_small
@@ -65,8 +67,8 @@ class Segmenter:
             raise ScoatFastError(
                 "a network needs pretrained facts (window, size, threshold): see SCOATNet.from_pretrained"
             )
-        self.device = _device(device)
-        self.net = net.to(self.device, memory_format=torch.channels_last).eval()
+        self.device = find_device(device)
+        self.net = net.float().to(self.device, memory_format=torch.channels_last).eval()
         self.pretrained = net.pretrained
         self.window = Window(*self.pretrained.window)
         if batch_size != "auto" and int(batch_size) < 1:
@@ -87,12 +89,16 @@ class Segmenter:
         quiet: bool = True,
     ) -> Segmentation:
         """Segments one CT volume; see ``scoat_fast.segment``."""
+        if not (math.isfinite(min_mm3) and min_mm3 >= 0):
+            raise ScoatFastError(f"the smallest region must be of 0 mm3 or more, got {min_mm3}")
         volume_hu = np.asarray(volume_hu)
         turn = _turn(name, volume_hu, spacing, affine)
         hu = np.ascontiguousarray(turn.to_slices(volume_hu), dtype=np.float32)
         warnings = check_hu(name, hu)
         if lung is not None:
-            lung = turn.to_slices(_same_shape(name, np.asarray(lung), volume_hu))
+            lung = turn.to_slices(_checked_lung(name, np.asarray(lung), volume_hu))
+            if not lung.any():
+                warnings.append("the lung mask is empty: no share of the lung")
         probabilities, maps = self.probabilities(self.window.apply(hu), turn.spacing[1:], attention, quiet)
         mask = (probabilities > self.threshold(threshold)).astype(np.uint8)
         if min_mm3:
@@ -202,15 +208,17 @@ def segment(
     )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" means here. Raises ScoatFastError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ScoatFastError(f"device {name} is not there: this PyTorch ({torch.__version__}) sees no CUDA GPU")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ScoatFastError(f"device: auto, cpu, cuda or cuda:N is wanted, got {name!r}") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ScoatFastError(f"device auto, cpu, cuda or cuda:N is wanted, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = f"this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} CUDA GPUs"
+        raise ScoatFastError(f"device {name} is not there: {seen}")
+    return device
 
 
 def _turn(name: str, volume: np.ndarray, spacing: Sequence[float] | None, affine: np.ndarray | None) -> Turn:
@@ -237,9 +245,10 @@ def _turn(name: str, volume: np.ndarray, spacing: Sequence[float] | None, affine
     return Turn(affine)
 
 
-def _same_shape(name: str, lung: np.ndarray, volume: np.ndarray) -> np.ndarray:
+def _checked_lung(name: str, lung: np.ndarray, volume: np.ndarray) -> np.ndarray:
     if lung.shape != volume.shape:
         raise BadInputError(name, f"a lung mask of {volume.shape} is wanted, as the volume has, got {lung.shape}")
+    check_mask(name, lung)
     return lung
 
 

@@ -68,7 +68,7 @@ def _body(greys: np.ndarray) -> tuple[slice, slice]:
     box = []
     for axis in (1, 0):
         found, length = np.flatnonzero(bright.any(axis=axis)), bright.shape[1 - axis]
-        if len(found) < length // 8:
+        if len(found) < max(length // 8, 1):
             box.append(slice(0, length))
             continue
         margin = round(MARGIN * length)

@@ -22,9 +22,9 @@ from ..errors import BadInputError, OutputError, ScoatFastError
 from ..imaging.dicom import read_series
 from ..imaging.files import StagedFiles, make_folder, write_text
 from ..imaging.nifti import nifti_bytes, read_nifti
-from ..imaging.pictures import read_mask, read_picture
-from ..imaging.volume import Turn, Volume, check_same_grid
-from .cases import Case, find_cases
+from ..imaging.pictures import check_windowed, read_mask, read_picture
+from ..imaging.volume import Turn, Volume, mask_on_grid
+from .cases import Case, find_cases, is_result
 from .inference import Segmenter
 from .overlay import contact_sheet
 from .statistics import measure
@@ -58,6 +58,8 @@ def segment_files(inputs: Sequence[str | Path], output: Path, segmenter: Segment
     segmenter.threshold(options.threshold)
     if not (math.isfinite(options.min_mm3) and options.min_mm3 >= 0):
         raise ScoatFastError(f"--min-mm3 must be 0 or more, got {options.min_mm3}")
+    if options.lung is not None and not options.lung.exists():
+        raise BadInputError(options.lung, "no such lung mask or folder of lung masks")
     make_folder(output)
     cases, errors = find_cases(inputs, output)
     rows = [_failed("", str(error.path), error.reason) for error in errors]
@@ -75,6 +77,7 @@ def segment_files(inputs: Sequence[str | Path], output: Path, segmenter: Segment
 def _attempt(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
     segment_one = _segment_picture if case.kind == "picture" else _segment_volume
     try:
+        _check_free(case, output)
         report = segment_one(case, output, segmenter, options)
     except (BadInputError, OutputError) as error:
         return _complain(case, error.path, error.reason)
@@ -87,6 +90,13 @@ def _attempt(case: Case, output: Path, segmenter: Segmenter, options: Options) -
         tqdm.write(_line(report))
     row = {"case": case.name, "input": str(case.path), "status": "ok", "warnings": "; ".join(report["warnings"])}
     return row | report["statistics"]
+
+
+def _check_free(case: Case, output: Path) -> None:
+    """Raises OutputError where a result would replace a file that this program has not written."""
+    for name in (f"{case.name}_mask.nii.gz", f"{case.name}_mask.png", f"{case.name}_overlay.png"):
+        if (output / name).exists() and not is_result(output / name):
+            raise OutputError(output / name, "a file of this name is there already, and is no result of this program")
 
 
 def _segment_volume(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
@@ -121,8 +131,7 @@ def _segment_volume(case: Case, output: Path, segmenter: Segmenter, options: Opt
 
 def _segment_picture(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
     grey = read_picture(case.path)
-    if grey.min() == grey.max():
-        raise BadInputError(case.path, f"every pixel is {grey.min():.3g} of white: nothing to segment")
+    check_windowed(case.path, grey)
     warnings = []
     if options.min_mm3:
         warnings.append("a picture has no pixel size: small regions were kept")
@@ -191,9 +200,7 @@ def _lung_volume(case: Case, volume: Volume, lung: Path | None) -> tuple[np.ndar
     path = _lung_path(case, lung, (".nii.gz", ".nii"))
     if path is None:
         return None, ["no lung mask for this case"] if lung else []
-    mask = read_nifti(path, labels=True)
-    check_same_grid(volume, mask)
-    return mask.voxels != 0, []
+    return mask_on_grid(volume, read_nifti(path, labels=True)), []
 
 
 def _lung_path(case: Case, lung: Path | None, suffixes: Sequence[str]) -> Path | None:

@@ -21,18 +21,19 @@ def train(args: argparse.Namespace) -> int:
         from lightning_fabric import Fabric
     except ImportError as error:
         raise ScoatFastError(f"training needs the extra: pip install 'scoat-fast[train]' ({error})") from error
-    from ..segmentation.inference import Segmenter
+    from ..pretrained import Pretrained
+    from ..segmentation.inference import Segmenter, find_device
     from .config import RECIPES, Config
     from .data import fold_patients, read_index
     from .trainer import Trainer
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    recipe = RECIPES[args.recipe](*([args.epochs] if args.epochs else []))
+    recipe = RECIPES[args.recipe](**({} if args.epochs is None else {"epochs": args.epochs}))
     patients = args.validate
     if args.fold:
         fold, folds = args.fold
         patients = tuple(fold_patients(read_index(args.data), fold - 1, folds, args.seed, args.exclude))
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(args.device).type
     config = Config(
         data=str(args.data),
         recipe=replace(recipe, batch_size=args.batch_size),
@@ -47,9 +48,11 @@ def train(args: argparse.Namespace) -> int:
         seed=args.seed,
         precision=_precision(device) if args.precision == "auto" else args.precision,
     )
+    name = args.name or f"scoat-w{args.width} on {args.data.resolve().name}"
+    facts = Pretrained(name, licence=args.licence)
     fabric = Fabric(accelerator=device, devices=args.devices, precision=config.precision)
     fabric.launch()
-    net = Trainer(config, args.output, fabric, args.quiet).fit()
+    net = Trainer(config, args.output, fabric, facts, args.quiet).fit()
     if patients and fabric.is_global_zero:
         _validate(Segmenter(net, device), args.data, patients, args.output / "validation.json", args.quiet)
     return 0
@@ -79,6 +82,7 @@ def _validate(
 def _precision(device: str) -> str:
     """bfloat16 where the hardware computes in it: emulated, it is a hundred times slower than float32."""
     if device == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    native = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
     return "bf16-mixed" if native else "32-true"

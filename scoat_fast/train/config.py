@@ -71,7 +71,7 @@ class Config:
     window: tuple[float, float] = (LUNG.low, LUNG.high)
     validate: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    init: str = ""
+    init: str = ""  # weights to start from
     seed: int = 0
     precision: str = "32-true"
 

@@ -114,7 +114,7 @@ def fold_patients(slices: Sequence[Slice], fold: int, folds: int, seed: int, exc
     """The patients of one of ``folds`` parts (counted from 0), each patient being in exactly one."""
     patients = sorted({slice.patient for slice in slices if slice.patient} - {*exclude})
     if not 0 <= fold < folds <= len(patients):
-        raise ValueError(f"fold {fold} of {folds} is not among {len(patients)} patients")
+        raise ValueError(f"fold {fold + 1}/{folds} is wanted, but there are only {len(patients)} patients")
     random.Random(seed).shuffle(patients)
     return sorted(patients[fold::folds])
 

@@ -6,7 +6,7 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..errors import BadInputError, ScoatFastError
 from ..imaging.dicom import read_series
 from ..imaging.files import StagedFiles, make_folder, write_text
 from ..imaging.nifti import SUFFIXES, read_nifti
-from ..imaging.volume import Turn, Volume, check_hu, check_same_grid
+from ..imaging.volume import Turn, Volume, check_hu, mask_on_grid
 from ..imaging.window import LUNG, Window
 from ..segmentation.cases import Case, find_cases
 from .data import COLUMNS
@@ -49,14 +49,16 @@ def prepare(what: Preparation) -> bool:
     """
     if (what.output / "index.csv").exists():
         raise ScoatFastError(f"{what.output} already holds an index.csv; prepare into another folder")
-    patients = _read_patients(what.patients) if what.patients else {}
+    if what.empty_every < 1:
+        raise ScoatFastError(f"--empty-every must be 1 or more, got {what.empty_every}")
+    patients = _read_patients(what.patients) if what.patients else None
     cases, errors = find_cases(what.images, what.output)
     for kind in ("images", "masks", "lungs"):
         make_folder(what.output / kind)
     rows = []
     for case in tqdm(cases, unit="volume", disable=True if what.quiet else None):
         try:
-            rows += _prepare(case, what, patients.get(case.name, case.name))
+            rows += _prepare(case, what, case.name if patients is None else _patient(what.patients, patients, case))
         except BadInputError as error:
             errors.append(error)
     for error in errors:
@@ -79,9 +81,8 @@ def _prepare(case: Case, what: Preparation, patient: str) -> list[dict]:
     turn = Turn(volume.affine)
     hu = turn.to_slices(volume.voxels)
     check_hu(case.path, hu)
-    masks = {"masks": _on_grid_of(volume, _labels(what.masks, case.name))}
-    if what.lungs:
-        masks["lungs"] = _on_grid_of(volume, _labels(what.lungs, case.name))
+    folders = {"masks": what.masks} | ({"lungs": what.lungs} if what.lungs else {})
+    masks = {kind: turn.to_slices(mask_on_grid(volume, _labels(folder, case.name))) for kind, folder in folders.items()}
     greys = (what.window.apply(hu) * 255).round().astype(np.uint8)
     opacity = masks["masks"].any(axis=(1, 2))
     empty = np.flatnonzero(~opacity)[:: what.empty_every]
@@ -118,18 +119,6 @@ def _labels(folder: Path, name: str) -> Volume:
     raise BadInputError(folder, f"no mask {name}.nii.gz or {name}.nii")
 
 
-def _on_grid_of(volume: Volume, mask: Volume) -> np.ndarray:
-    """The mask as slices [N, H, W], bool; both volumes are turned first, since tools store axes as they like."""
-    turned = _turned(mask)
-    check_same_grid(_turned(volume), turned)
-    return turned.voxels != 0
-
-
-def _turned(volume: Volume) -> Volume:
-    turn = Turn(volume.affine)
-    return replace(volume, voxels=turn.to_slices(volume.voxels), affine=turn.slices_affine(volume.voxels.shape))
-
-
 def _square_pixels(picture: Image.Image, spacing: tuple[float, float]) -> Image.Image:
     """Resized to the finer of the two spacings, where they differ: the index does not keep them."""
     if np.isclose(*spacing, rtol=1e-3):
@@ -139,9 +128,16 @@ def _square_pixels(picture: Image.Image, spacing: tuple[float, float]) -> Image.
     return picture.resize(size, Image.Resampling.NEAREST if picture.mode == "1" else Image.Resampling.BILINEAR)
 
 
+def _patient(path: Path, patients: dict[str, str], case: Case) -> str:
+    """The patient of a volume; slices of one patient must never be taken for those of two."""
+    if not patients.get(case.name):
+        raise BadInputError(case.path, f"{path} names no patient for the volume {case.name}")
+    return patients[case.name]
+
+
 def _read_patients(path: Path) -> dict[str, str]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             return {row["volume"]: row["patient"] for row in csv.DictReader(file)}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInputError(path, f"cannot be read: {error}") from error

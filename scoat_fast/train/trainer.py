@@ -7,10 +7,11 @@ weights, optimizer, average, best weights and history.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ..errors import BadInputError, ScoatFastError
+from ..errors import BadInputError, ScoatFastError, WeightsError
 from ..imaging.files import make_folder, write_atomically, write_text
 from ..imaging.window import Window
 from ..model import SCOATNet
@@ -51,6 +52,8 @@ class Progress:
 class Trainer:
     """Trains a SCOATNet as ``config`` says; keeps everything in ``folder``.
 
+    ``facts`` gives the weights a name and a licence.
+
     The folder receives ``config.json``, ``checkpoint.pt``, ``metrics.csv``, TensorBoard events, and in the end
     ``weights.safetensors``. If it holds a checkpoint of the same config, the run goes on from there.
 
@@ -59,7 +62,10 @@ class Trainer:
         ScoatFastError: if the folder belongs to a run with another config, or a loss is not finite.
     """
 
-    def __init__(self, config: Config, folder: str | Path, fabric: Fabric, quiet: bool = False):
+    def __init__(
+        self, config: Config, folder: str | Path, fabric: Fabric, facts: Pretrained | None = None, quiet: bool = False
+    ):
+        self.facts = facts or Pretrained(f"scoat-w{config.width} on {Path(config.data).name}")
         self.config, self.folder, self.fabric, self.quiet = config, Path(folder), fabric, quiet
         self.window, recipe = Window(*config.window), config.recipe
         train, self.validation = split(read_index(config.data), config.validate, config.exclude)
@@ -204,6 +210,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         state = {
             "config": self.config.describe(),
+            "inputs": self._inputs(),
             "progress": vars(self.progress),
             "net": self.plain_net.state_dict(),
             "average": self.average.state_dict(),
@@ -223,9 +230,14 @@ class Trainer:
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            config, inputs = state["config"], state["inputs"]
         except Exception as error:  # whatever a damaged zip or pickle raises
             raise BadInputError(path, f"not a readable checkpoint: {error}") from error
-        if _plain(state["config"]) != _plain(self.config.describe()):
+        if inputs != self._inputs():
+            raise ScoatFastError(
+                f"{self.config.data} or the weights to start from changed since {self.folder} was begun"
+            )
+        if _plain(config) != _plain(self.config.describe()):
             raise ScoatFastError(
                 f"{self.folder} holds a run with another config; choose another folder, or the same options"
             )
@@ -235,12 +247,20 @@ class Trainer:
         self._load_weights(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
 
+    def _inputs(self) -> dict[str, str]:
+        """What the run reads, as digests: with other data it would not be the same run."""
+        files = {"index": Path(self.config.data) / "index.csv"}
+        if Path(self.config.init).is_file():
+            files["init"] = Path(self.config.init)
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
     def _export(self) -> SCOATNet:
         config = self.config
         net = SCOATNet(1, 1, config.width, config.block, equations=config.equations)
         net.load_state_dict(_last_head(_copy(self._current().state_dict())))
-        facts = Pretrained(name=f"scoat-w{config.width}", window=config.window, size=config.size, threshold=0.5)
+        facts = replace(self.facts, window=config.window, size=config.size)
         if self.fabric.is_global_zero:
+            self._write_log()  # once more, should the run have been killed before its last row was written
             save(net, self.folder / "weights.safetensors", facts)
         net.pretrained = facts
         return net.eval()
@@ -274,13 +294,16 @@ class Trainer:
 
 
 def _initialise(net: SCOATNet, source: str) -> None:
-    """Takes the weights of a single-headed network, its head for all heads of ``net``."""
-    state = load(source).state_dict()
+    """Takes the weights of ``source``, its last head for all heads of ``net``. Raises WeightsError."""
+    state = _last_head(load(source).state_dict())
     heads = [name for name, _ in net.named_children() if name.startswith("final")]
     for part in ("weight", "bias"):
         value = state.pop(f"final.{part}")
         state.update({f"{head}.{part}": value for head in heads})
-    net.load_state_dict(state)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(source, f"does not fit a network of width {net.width} and block {net.block}") from error
 
 
 def _last_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
