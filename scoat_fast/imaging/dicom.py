@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def read_series(folder: str | Path, files: Sequence[Path] | None = None) -> Volu
     positions = np.array([np.asarray(slice.ImagePositionPatient, float) for slice in slices])
     order = np.argsort(positions @ normal, kind="stable")
     slices, positions = [slices[i] for i in order], positions[order]
-    step, warnings = _step(folder, slices, positions, normal)
+    step, doubts = _step(folder, slices, positions, normal)
 
     affine = np.eye(4)
     affine[:3, 0] = rows_to * float(first.PixelSpacing[1])  # along a row, from column to column
@@ -70,12 +71,13 @@ def read_series(folder: str | Path, files: Sequence[Path] | None = None) -> Volu
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM counts to the left and to the back
     check_affine(folder, affine)
     voxels = np.stack([_hounsfield(slice).T for slice in slices], axis=2)
-    return Volume(folder, voxels, affine, new_header(affine, voxels.shape), warnings)
+    return Volume(folder, voxels, affine, new_header(affine, voxels.shape), doubts)
 
 
 def _read(path: Path) -> pydicom.FileDataset:
     try:
-        return pydicom.dcmread(path)
+        with warnings.catch_warnings(action="ignore"):  # about values that are checked below
+            return pydicom.dcmread(path)
     except InvalidDicomError as error:
         raise BadInputError(path, "not a DICOM file, or damaged at its start") from error
     except Exception as error:  # pydicom's parsers raise many kinds on damaged data
@@ -135,21 +137,22 @@ def _step(folder: Path, slices, positions: np.ndarray, normal: np.ndarray) -> tu
         at = int(gaps.argmin())
         names = " and ".join(Path(slice.filename).name for slice in slices[at : at + 2])
         raise BadInputError(folder, f"{names} lie in the same place")
-    step, warnings = (positions[-1] - positions[0]) / (len(slices) - 1), []
+    step, doubts = (positions[-1] - positions[0]) / (len(slices) - 1), []
     if np.ptp(gaps) > EVEN * np.median(gaps):
-        warnings.append(
+        doubts.append(
             f"uneven gaps between slices, {gaps.min():.4g} to {gaps.max():.4g} mm: slices may be missing, "
             "volumes use the mean"
         )
     tilt = np.degrees(np.arccos(min(step @ normal / np.linalg.norm(step), 1.0)))
     if tilt > TILT:
-        warnings.append(f"the gantry was tilted by {tilt:.1f} degrees")
-    return step, warnings
+        doubts.append(f"the gantry was tilted by {tilt:.1f} degrees")
+    return step, doubts
 
 
 def _hounsfield(slice: pydicom.FileDataset) -> np.ndarray:  # [rows, columns] float32
     try:
-        stored = slice.pixel_array
+        with warnings.catch_warnings(action="ignore"):
+            stored = slice.pixel_array
     except Exception as error:  # decoders raise many kinds on damaged or compressed data
         syntax = slice.file_meta.TransferSyntaxUID.name if "TransferSyntaxUID" in slice.file_meta else "unknown"
         raise BadInputError(

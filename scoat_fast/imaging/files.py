@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,6 +71,15 @@ def write_atomically(path: str | Path, writer: Callable[[BinaryIO], None]) -> No
 def write_text(path: str | Path, text: str) -> None:
     """Writes one UTF-8 text file through a temporary one beside it. Raises OutputError."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Writes a table, missing values empty, through a temporary file beside it. Raises OutputError."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def make_folder(path: Path) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+SQUARE_PIXELS = (1.0, 1.0)  # the spacing of pictures, which have none
+
 
 def to_square(slices: Tensor, spacing: tuple[float, float], size: int) -> Tensor:
     """[N, C, H, W] with pixels of ``spacing`` (row, column) mm -> [N, C, size, size] with square pixels.

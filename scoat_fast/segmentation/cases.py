@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import BadInputError
 from ..imaging import dicom, nifti, pictures
+from ..imaging.volume import Volume
 
 RESULT = re.compile(r"(.+)_(mask|overlay|probability|attention_x\d\d)\.(nii\.gz|png)")
 
@@ -23,6 +24,11 @@ class Case:
     name: str
     kind: str
     path: Path
+
+
+def read_volume(case: Case) -> Volume:
+    """Reads a case that is no picture. Raises BadInputError."""
+    return dicom.read_series(case.path) if case.kind == "dicom" else nifti.read_nifti(case.path)
 
 
 def find_cases(inputs: Sequence[str | Path], output: Path) -> tuple[list[Case], list[BadInputError]]:

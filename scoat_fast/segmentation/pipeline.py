@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import sys
@@ -19,18 +17,17 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, OutputError, ScoatFastError
-from ..imaging.dicom import read_series
-from ..imaging.files import StagedFiles, make_folder, write_text
+from ..imaging.files import StagedFiles, make_folder, write_csv
+from ..imaging.grid import SQUARE_PIXELS
 from ..imaging.nifti import nifti_bytes, read_nifti
 from ..imaging.pictures import check_windowed, read_mask, read_picture
 from ..imaging.volume import Turn, Volume, mask_on_grid
-from .cases import Case, find_cases, is_result
+from .cases import Case, find_cases, is_result, read_volume
 from .inference import Segmenter
 from .overlay import contact_sheet
 from .statistics import measure
 
 NOTE = "research only, not for clinical use"
-SQUARE_PIXELS = (1.0, 1.0)
 CSV_COLUMNS = (
     "case", "input", "status", "voxels", "mm3", "ml", "hu_mean", "hu_sd", "slices", "lung_ml", "share_of_lung",
     "warnings", "error",
@@ -70,7 +67,7 @@ def segment_files(inputs: Sequence[str | Path], output: Path, segmenter: Segment
         for case in bar:
             rows.append(_attempt(case, output, segmenter, options))
     finally:
-        write_text(output / "cases.csv", _table(rows))
+        write_csv(output / "cases.csv", CSV_COLUMNS, rows)
     return all(row["status"] == "ok" for row in rows)
 
 
@@ -100,7 +97,7 @@ def _check_free(case: Case, output: Path) -> None:
 
 
 def _segment_volume(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
-    volume = read_series(case.path) if case.kind == "dicom" else read_nifti(case.path)
+    volume = read_volume(case)
     lung, warnings = _lung_volume(case, volume, options.lung)
     found = segmenter.segment(
         volume.voxels,
@@ -217,14 +214,6 @@ def _complain(case: Case, path: str, reason: str) -> dict:
 
 def _failed(name: str, path: str, reason: str) -> dict:
     return {"case": name, "input": path, "status": "failed", "error": reason}
-
-
-def _table(rows: list[dict]) -> str:
-    text = io.StringIO()
-    table = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
 
 
 def _write(data: bytes, file) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import BadInputError
-from ..imaging.grid import to_square
+from ..imaging.grid import SQUARE_PIXELS, to_square
 from ..imaging.pictures import read_mask, read_picture
 from ..imaging.window import Window
 
@@ -29,7 +29,6 @@ COLUMNS = (
     "id", "set", "patient", "volume", "slice", "image", "mask", "lung", "opacity_fraction",
     "window_low_hu", "window_high_hu",
 )  # fmt: skip
-SQUARE_PIXELS = (1.0, 1.0)
 
 
 @dataclass(frozen=True)

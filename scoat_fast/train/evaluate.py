@@ -10,9 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ..imaging.files import write_atomically
+from ..imaging.grid import SQUARE_PIXELS
 from ..segmentation.inference import Segmenter
 from ..segmentation.overlay import contact_sheet
-from .data import SQUARE_PIXELS, Slice
+from .data import Slice
 
 TOTAL = "total"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import BadInputError, ScoatFastError
-from ..imaging.dicom import read_series
-from ..imaging.files import StagedFiles, make_folder, write_text
+from ..imaging.files import StagedFiles, make_folder, write_csv
 from ..imaging.nifti import SUFFIXES, read_nifti
 from ..imaging.volume import Turn, Volume, check_hu, mask_on_grid
 from ..imaging.window import LUNG, Window
-from ..segmentation.cases import Case, find_cases
+from ..segmentation.cases import Case, find_cases, read_volume
 from .data import COLUMNS
 
 
@@ -65,11 +63,7 @@ def prepare(what: Preparation) -> bool:
         print(f"scoat-fast: {error}", file=sys.stderr)
     if not rows:
         raise ScoatFastError("no volume could be used")
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text(what.output / "index.csv", text.getvalue())
+    write_csv(what.output / "index.csv", COLUMNS, rows)
     return not errors
 
 
@@ -77,7 +71,7 @@ def _prepare(case: Case, what: Preparation, patient: str) -> list[dict]:
     """Writes the slices of one volume; their rows of the index."""
     if case.kind == "picture":
         raise BadInputError(case.path, "a volume is wanted (NIfTI or DICOM), not a picture")
-    volume = read_series(case.path) if case.kind == "dicom" else read_nifti(case.path)
+    volume = read_volume(case)
     turn = Turn(volume.affine)
     hu = turn.to_slices(volume.voxels)
     check_hu(case.path, hu)

@@ -6,9 +6,7 @@ weights, optimizer, average, best weights and history.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import time
 from dataclasses import dataclass, field, replace
@@ -21,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..errors import BadInputError, ScoatFastError, WeightsError
-from ..imaging.files import make_folder, write_atomically, write_text
+from ..imaging.files import make_folder, write_atomically, write_csv, write_text
 from ..imaging.window import Window
 from ..model import SCOATNet
 from ..pretrained import Pretrained, load, save
@@ -194,11 +192,7 @@ class Trainer:
     def _write_log(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        text = io.StringIO()
-        table = csv.DictWriter(text, list(self.progress.history[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(self.progress.history)
-        write_text(self.folder / "metrics.csv", text.getvalue())
+        write_csv(self.folder / "metrics.csv", list(self.progress.history[0]), self.progress.history)
         number, row = len(self.progress.history), self.progress.history[-1]
         with SummaryWriter(self.folder / "tensorboard", purge_step=number) as board:
             for name in ("loss", "dice", "rate"):
