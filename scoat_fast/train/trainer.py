@@ -102,7 +102,7 @@ class Trainer:
                 self._finish_epoch(stage, dice)
             progress.stage, progress.epoch, progress.best_dice = progress.stage + 1, 0, -1.0
             if progress.stage < len(recipe.stages):
-                self._load_weights(self.best)
+                self.plain_net.load_state_dict(self.best)
                 self._new_stage()
             self._save_checkpoint()
         return self._export()
@@ -111,7 +111,7 @@ class Trainer:
         progress, started = self.progress, time.monotonic()
         order = torch.randperm(len(self.images), generator=self._generator(progress.epoch, -1))
         bar = tqdm(
-            range(progress.step, self.steps_per_epoch), self._title(stage), self.steps_per_epoch,
+            range(progress.step, self.steps_per_epoch), f"epoch {progress.epoch + 1}/{stage.epochs}", self.steps_per_epoch,
             initial=progress.step, disable=True if self.quiet or not self.fabric.is_global_zero else None, leave=False,
         )  # fmt: skip
         self.net.train()
@@ -160,9 +160,8 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
         share = slice(self.fabric.global_rank, None, self.fabric.world_size)
         images, masks = (t[share] for t in self.held_out)
-        for i in range(0, len(images), self.config.recipe.batch_size):
-            batch = images[i : i + self.config.recipe.batch_size].to(self.fabric.device).float() / 255
-            target = masks[i : i + self.config.recipe.batch_size].to(self.fabric.device).bool()
+        for batch, target in zip(*(part.split(self.config.recipe.batch_size) for part in (images, masks)), strict=True):
+            batch, target = batch.to(self.fabric.device).float() / 255, target.to(self.fabric.device).bool()
             with self.fabric.autocast():
                 logits = net(batch.contiguous(memory_format=torch.channels_last))
             predicted = (logits[-1] if isinstance(logits, list) else logits) > 0
@@ -202,6 +201,8 @@ class Trainer:
             tqdm.write(f"stage {row['stage']} epoch {row['epoch']}: loss {row['loss']:.4f}, dice {self._last_dice()}")
 
     def _save_checkpoint(self) -> None:
+        if not self.fabric.is_global_zero:  # and nobody waits: the processes' clocks differ, so may their calls
+            return
         state = {
             "config": self.config.describe(),
             "inputs": self._inputs(),
@@ -211,9 +212,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
         }
-        if self.fabric.is_global_zero:
-            write_atomically(self.folder / CHECKPOINT, lambda file: torch.save(state, file))
-        self.fabric.barrier()
+        write_atomically(self.folder / CHECKPOINT, lambda file: torch.save(state, file))
 
     def _resume(self) -> None:
         path = self.folder / CHECKPOINT
@@ -238,7 +237,7 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.best = state["best"]
         self.average.load_state_dict(state["average"])
-        self._load_weights(state["net"])
+        self.plain_net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _inputs(self) -> dict[str, str]:
@@ -265,9 +264,6 @@ class Trainer:
         self.net, self.optimizer = self.fabric.setup(self.plain_net, optimizer)
         self.average.n_averaged.zero_()
 
-    def _load_weights(self, state: dict[str, Tensor]) -> None:
-        self.plain_net.load_state_dict(state)
-
     def _current(self) -> SCOATNet:
         """The network to judge and to ship."""
         return self.average.module if self.config.recipe.ema_decay else self.plain_net
@@ -278,9 +274,6 @@ class Trainer:
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.fabric.all_gather(sums, sync_grads=True).sum(0) if self.fabric.world_size > 1 else sums
-
-    def _title(self, stage: Stage) -> str:
-        return f"epoch {self.progress.epoch + 1}/{stage.epochs}"
 
     def _last_dice(self) -> str:
         dice = self.progress.history[-1]["dice"] if self.progress.history else ""
