@@ -110,10 +110,15 @@ class Trainer:
     def _train_epoch(self, stage: Stage) -> None:
         progress, started = self.progress, time.monotonic()
         order = torch.randperm(len(self.images), generator=self._generator(progress.epoch, -1))
+        silent = self.quiet or not self.fabric.is_global_zero
         bar = tqdm(
-            range(progress.step, self.steps_per_epoch), f"epoch {progress.epoch + 1}/{stage.epochs}", self.steps_per_epoch,
-            initial=progress.step, disable=True if self.quiet or not self.fabric.is_global_zero else None, leave=False,
-        )  # fmt: skip
+            range(progress.step, self.steps_per_epoch),
+            f"epoch {progress.epoch + 1}/{stage.epochs}",
+            self.steps_per_epoch,
+            initial=progress.step,
+            disable=True if silent else None,
+            leave=False,
+        )
         self.net.train()
         for step in bar:
             rate = stage.rate(progress.epoch * self.steps_per_epoch + step, self.steps_per_epoch)
