@@ -40,7 +40,11 @@ def read_series(folder: str | Path, files: Sequence[Path] | None = None) -> Volu
         BadInputError: if a file is damaged, the folder holds no CT slice or more than one series, or the slices do
             not form one volume.
     """
-    folder = Path(folder)
+    with warnings.catch_warnings(action="ignore"):  # pydicom's, about values that are checked here
+        return _read_series(Path(folder), files)
+
+
+def _read_series(folder: Path, files: Sequence[Path] | None) -> Volume:
     files = sorted(path for path in folder.iterdir() if path.is_file() and is_dicom(path)) if files is None else files
     slices = [slice for slice in map(_read, files) if _is_image(slice) and not _is_localizer(slice)]
     if not slices:
@@ -76,8 +80,7 @@ def read_series(folder: str | Path, files: Sequence[Path] | None = None) -> Volu
 
 def _read(path: Path) -> pydicom.FileDataset:
     try:
-        with warnings.catch_warnings(action="ignore"):  # about values that are checked below
-            return pydicom.dcmread(path)
+        return pydicom.dcmread(path)
     except InvalidDicomError as error:
         raise BadInputError(path, "not a DICOM file, or damaged at its start") from error
     except Exception as error:  # pydicom's parsers raise many kinds on damaged data
@@ -151,8 +154,7 @@ def _step(folder: Path, slices, positions: np.ndarray, normal: np.ndarray) -> tu
 
 def _hounsfield(slice: pydicom.FileDataset) -> np.ndarray:  # [rows, columns] float32
     try:
-        with warnings.catch_warnings(action="ignore"):
-            stored = slice.pixel_array
+        stored = slice.pixel_array
     except Exception as error:  # decoders raise many kinds on damaged or compressed data
         syntax = slice.file_meta.TransferSyntaxUID.name if "TransferSyntaxUID" in slice.file_meta else "unknown"
         raise BadInputError(
