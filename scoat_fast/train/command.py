@@ -19,13 +19,14 @@ def train(args: argparse.Namespace) -> int:
     """Trains as the command line says."""
     try:
         from lightning_fabric import Fabric
+
+        from .trainer import Trainer
     except ImportError as error:
         raise ScoatFastError(f"training needs the extra: pip install 'scoat-fast[train]' ({error})") from error
     from ..pretrained import Pretrained
     from ..segmentation.inference import Segmenter, find_device
     from .config import RECIPES, Config
     from .data import fold_patients, read_index
-    from .trainer import Trainer
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     recipe = RECIPES[args.recipe](**({} if args.epochs is None else {"epochs": args.epochs}))

@@ -16,6 +16,7 @@ import torch
 from lightning_fabric import Fabric, seed_everything
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..errors import BadInputError, ScoatFastError, WeightsError
@@ -194,8 +195,6 @@ class Trainer:
             self._write_log()
 
     def _write_log(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         write_csv(self.folder / "metrics.csv", list(self.progress.history[0]), self.progress.history)
         number, row = len(self.progress.history), self.progress.history[-1]
         with SummaryWriter(self.folder / "tensorboard", purge_step=number) as board:
