@@ -191,7 +191,7 @@ def _add_train(commands) -> None:
     who.add_argument("--fold", type=_fold, metavar="K/N", help="validate on the K-th of N parts of the patients")
     command.add_argument("--exclude", type=_names, default=(), metavar="P,...", help="patients to leave out altogether")
     command.add_argument("--init", default="", metavar="WEIGHTS", help="start from these weights, by name or path")
-    command.add_argument("--name", help="of the weights, in their file (default: width and data)")
+    command.add_argument("--name", default="", help="of the weights, in their file (default: width and data)")
     command.add_argument("--licence", default="", help="of the weights, in their file")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")

@@ -94,9 +94,7 @@ def load(name_or_path: str | Path) -> SCOATNet:
             {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         )
     except (RuntimeError, ValueError, TypeError) as error:
-        raise WeightsError(
-            path, f"these are not the weights of a SCOATNet: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise WeightsError(path, f"these are not the weights of a SCOATNet: {str(error)[:300]}") from error
     net.pretrained = facts
     return net.eval()
 

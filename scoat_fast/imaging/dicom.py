@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +30,8 @@ def is_dicom(path: Path) -> bool:
         raise BadInputError(path, f"cannot be read: {error.strerror}") from error
 
 
-def read_series(folder: str | Path, files: Sequence[Path] | None = None) -> Volume:
-    """The CT series in ``folder`` (or of ``files``): HU through each slice's own slope and intercept.
+def read_series(folder: str | Path) -> Volume:
+    """The CT series in ``folder``: HU through each slice's own slope and intercept.
 
     Slices are sorted by their position along their normal. Uneven gaps and a tilted gantry are warned about.
 
@@ -41,11 +40,11 @@ def read_series(folder: str | Path, files: Sequence[Path] | None = None) -> Volu
             not form one volume.
     """
     with warnings.catch_warnings(action="ignore"):  # pydicom's, about values that are checked here
-        return _read_series(Path(folder), files)
+        return _read_series(Path(folder))
 
 
-def _read_series(folder: Path, files: Sequence[Path] | None) -> Volume:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and is_dicom(path)) if files is None else files
+def _read_series(folder: Path) -> Volume:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and is_dicom(path))
     slices = [slice for slice in map(_read, files) if _is_image(slice) and not _is_localizer(slice)]
     if not slices:
         raise BadInputError(folder, "no DICOM file with an image")

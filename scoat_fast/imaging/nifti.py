@@ -137,10 +137,11 @@ def _read_voxels(path: Path, file: BinaryIO, header: Nifti1Header) -> np.ndarray
 def _affine(path: Path, header: Nifti1Header) -> tuple[np.ndarray, list[str]]:
     """Indices to mm: the sform where it is set, else the qform, else the spacing alone; and warnings."""
     spacing = np.asarray(header["pixdim"][1:4], dtype=float)
+    written = " x ".join(f"{mm:.4g}" for mm in spacing)
     if not np.isfinite(spacing).all():
-        raise BadInputError(path, f"its spacing is not finite: {', '.join(f'{mm:g}' for mm in spacing)}")
+        raise BadInputError(path, f"its spacing is not finite: {written}")
     if int(header["sform_code"]) == 0 and spacing.min() <= 0:
-        raise BadInputError(path, f"its spacing is not positive: {', '.join(f'{mm:g}' for mm in spacing)}")
+        raise BadInputError(path, f"its spacing is not positive: {written}")
     if header["pixdim"][0] == 0:
         header = header.copy()
         header["pixdim"][0] = 1  # as the standard has it: 0 means 1
@@ -155,6 +156,6 @@ def _affine(path: Path, header: Nifti1Header) -> tuple[np.ndarray, list[str]]:
         warnings.append("the header does not say how the patient lies; left-anterior-superior axes are assumed")
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.allclose(lengths, spacing, rtol=0.01):
-        said, used = (" x ".join(f"{mm:.4g}" for mm in sizes) for sizes in (spacing, lengths))
-        warnings.append(f"the header's spacing {said} differs from that of its affine, {used}; the affine is used")
+        used = " x ".join(f"{mm:.4g}" for mm in lengths)
+        warnings.append(f"the header's spacing {written} differs from that of its affine, {used}; the affine is used")
     return np.diag([scale, scale, scale, 1.0]) @ affine, warnings

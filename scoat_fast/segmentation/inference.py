@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ..imaging.grid import from_square, to_square
 from ..imaging.volume import Turn, check_affine, check_hu, check_mask
 from ..imaging.window import Window
 from ..model import ATTENTION_NODES, SCOATNet
-from .statistics import measure, remove_small
+from .statistics import check_min_mm3, measure, remove_small
 
 DEFAULT_WEIGHTS = "scoat-w16"
 CPU_BATCH = 4  # more slices at once are not faster on a CPU
@@ -89,8 +88,7 @@ class Segmenter:
         quiet: bool = True,
     ) -> Segmentation:
         """Segments one CT volume; see ``scoat_fast.segment``."""
-        if not (math.isfinite(min_mm3) and min_mm3 >= 0):
-            raise ScoatFastError(f"the smallest region must be of 0 mm3 or more, got {min_mm3}")
+        check_min_mm3(min_mm3)
         volume_hu = np.asarray(volume_hu)
         turn = _turn(name, volume_hu, spacing, affine)
         hu = np.ascontiguousarray(turn.to_slices(volume_hu), dtype=np.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from ..imaging.volume import Turn, Volume, mask_on_grid
 from .cases import Case, find_cases, is_result, read_volume
 from .inference import Segmenter
 from .overlay import contact_sheet
-from .statistics import measure
+from .statistics import check_min_mm3, measure
 
 NOTE = "research only, not for clinical use"
 CSV_COLUMNS = (
@@ -53,8 +52,7 @@ def segment_files(inputs: Sequence[str | Path], output: Path, segmenter: Segment
     Raises OutputError if the folder cannot be made, ScoatFastError for an option out of range.
     """
     segmenter.threshold(options.threshold)
-    if not (math.isfinite(options.min_mm3) and options.min_mm3 >= 0):
-        raise ScoatFastError(f"--min-mm3 must be 0 or more, got {options.min_mm3}")
+    check_min_mm3(options.min_mm3)
     if options.lung is not None and not options.lung.exists():
         raise BadInputError(options.lung, "no such lung mask or folder of lung masks")
     make_folder(output)

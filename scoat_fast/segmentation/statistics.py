@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from ..errors import ScoatFastError
+
 
 def measure(
     mask: np.ndarray,
@@ -36,6 +38,12 @@ def measure(
         numbers["lung_ml"] = None if voxel_mm3 is None else total * voxel_mm3 / 1000
         numbers["share_of_lung"] = int((mask & lung).sum()) / total if total else None
     return numbers
+
+
+def check_min_mm3(min_mm3: float) -> None:
+    """Raises ScoatFastError unless ``min_mm3`` can be the volume of the smallest region to keep."""
+    if not (math.isfinite(min_mm3) and min_mm3 >= 0):
+        raise ScoatFastError(f"the smallest region in mm3 must be 0 or more, got {min_mm3}")
 
 
 def remove_small(mask: np.ndarray, voxel_mm3: float, min_mm3: float) -> np.ndarray:

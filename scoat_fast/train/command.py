@@ -23,7 +23,6 @@ def train(args: argparse.Namespace) -> int:
         from .trainer import Trainer
     except ImportError as error:
         raise ScoatFastError(f"training needs the extra: pip install 'scoat-fast[train]' ({error})") from error
-    from ..pretrained import Pretrained
     from ..segmentation.inference import Segmenter, find_device
     from .config import RECIPES, Config
     from .data import fold_patients, read_index
@@ -49,11 +48,9 @@ def train(args: argparse.Namespace) -> int:
         seed=args.seed,
         precision=_precision(device) if args.precision == "auto" else args.precision,
     )
-    name = args.name or f"scoat-w{args.width} on {args.data.resolve().name}"
-    facts = Pretrained(name, licence=args.licence)
     fabric = Fabric(accelerator=device, devices=args.devices, precision=config.precision)
     fabric.launch()
-    net = Trainer(config, args.output, fabric, facts, args.quiet).fit()
+    net = Trainer(config, args.output, fabric, args.name, args.licence, args.quiet).fit()
     if patients and fabric.is_global_zero:
         _validate(Segmenter(net, device), args.data, patients, args.output / "validation.json", args.quiet)
     return 0

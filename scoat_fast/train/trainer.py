@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,7 +51,7 @@ class Progress:
 class Trainer:
     """Trains a SCOATNet as ``config`` says; keeps everything in ``folder``.
 
-    ``facts`` gives the weights a name and a licence.
+    ``name`` and ``licence`` go into the weights; the name is that of the width and the data where none is given.
 
     The folder receives ``config.json``, ``checkpoint.pt``, ``metrics.csv``, TensorBoard events, and in the end
     ``weights.safetensors``. If it holds a checkpoint of the same config, the run goes on from there.
@@ -62,11 +62,19 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, folder: str | Path, fabric: Fabric, facts: Pretrained | None = None, quiet: bool = False
+        self,
+        config: Config,
+        folder: str | Path,
+        fabric: Fabric,
+        name: str = "",
+        licence: str = "",
+        quiet: bool = False,
     ):
-        self.facts = facts or Pretrained(f"scoat-w{config.width} on {Path(config.data).name}")
+        name = name or f"scoat-w{config.width} on {Path(config.data).resolve().name}"
+        self.facts = Pretrained(name, config.window, config.size, licence=licence)
         self.config, self.folder, self.fabric, self.quiet = config, Path(folder), fabric, quiet
         self.window, recipe = Window(*config.window), config.recipe
+        self.inputs = _digests(config)
         train, self.validation = split(read_index(config.data), config.validate, config.exclude)
         if len(train) < recipe.batch_size:
             raise BadInputError(
@@ -209,7 +217,7 @@ class Trainer:
             return
         state = {
             "config": self.config.describe(),
-            "inputs": self._inputs(),
+            "inputs": self.inputs,
             "progress": vars(self.progress),
             "net": self.plain_net.state_dict(),
             "average": self.average.state_dict(),
@@ -230,7 +238,7 @@ class Trainer:
             config, inputs = state["config"], state["inputs"]
         except Exception as error:  # whatever a damaged zip or pickle raises
             raise BadInputError(path, f"not a readable checkpoint: {error}") from error
-        if inputs != self._inputs():
+        if inputs != self.inputs:
             raise ScoatFastError(
                 f"{self.config.data} or the weights to start from changed since {self.folder} was begun"
             )
@@ -243,23 +251,16 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         self.plain_net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-    def _inputs(self) -> dict[str, str]:
-        """What the run reads, as digests: with other data it would not be the same run."""
-        files = {"index": Path(self.config.data) / "index.csv"}
-        if Path(self.config.init).is_file():
-            files["init"] = Path(self.config.init)
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+        if self.progress.history and self.fabric.is_global_zero:
+            self._write_log()  # its last row is missing, should the run have been killed just before
 
     def _export(self) -> SCOATNet:
         config = self.config
         net = SCOATNet(1, 1, config.width, config.block, equations=config.equations)
         net.load_state_dict(_last_head(_copy(self._current().state_dict())))
-        facts = replace(self.facts, window=config.window, size=config.size)
         if self.fabric.is_global_zero:
-            self._write_log()  # once more, should the run have been killed before its last row was written
-            save(net, self.folder / "weights.safetensors", facts)
-        net.pretrained = facts
+            save(net, self.folder / "weights.safetensors", self.facts)
+        net.pretrained = self.facts
         return net.eval()
 
     def _new_stage(self) -> None:
@@ -282,6 +283,17 @@ class Trainer:
     def _last_dice(self) -> str:
         dice = self.progress.history[-1]["dice"] if self.progress.history else ""
         return "-" if dice == "" else f"{dice:.4f}"
+
+
+def _digests(config: Config) -> dict[str, str]:
+    """What a run reads, as digests: with other data it would not be the same run. Raises BadInputError."""
+    files = {"index": Path(config.data) / "index.csv"}
+    if Path(config.init).is_file():
+        files["init"] = Path(config.init)
+    try:
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    except OSError as error:
+        raise BadInputError(config.data, f"cannot be read: {error.strerror}") from error
 
 
 def _initialise(net: SCOATNet, source: str) -> None:
