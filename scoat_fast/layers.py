@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops import channel_gate, spatial_gate, upsample
+
 EQUATIONS = ("published", "paper")
 REDUCTION = 16  # r of equation 5
-
-
-def upsample(y: Tensor) -> Tensor:  # [N, C, h, w] -> [N, C, 2h, 2w]
-    """Bilinear upsampling by two with aligned corners, ``F_U`` of equation 1."""
-    return F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True)
 
 
 class PlainBlock(nn.Module):
@@ -59,8 +58,8 @@ class ChannelAttention(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C, H, W]
-        return x * self.fc(x.mean((2, 3)))[:, :, None, None]
+    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:  # [N, C, H, W], [N, C] -> [N, C, H, W]
+        return channel_gate(x, self.fc[0].weight, self.fc[2].weight, means)
 
 
 class GatedBlock(ResidualBlock):
@@ -76,8 +75,9 @@ class GatedBlock(ResidualBlock):
         self._add_layers(in_channels, out_channels)
         self.equations = equations
 
-    def forward(self, x: Tensor) -> Tensor:
-        recalibrated = self.ca(x)
+    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        """[N, in, H, W] and, where they are known, its means over the pixels [N, in] -> [N, out, H, W]."""
+        recalibrated = self.ca(x, means)
         if self.equations == "paper":
             return F.relu(self.convolve(recalibrated)) + F.relu(self.downsample(x))
         return super().forward(recalibrated)
@@ -97,15 +97,18 @@ class SpatialAttention(nn.Module):
         self.active = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid())
         self.equations = equations
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, C, 2h, 2w], [N, 2C, h, w] -> gated features [N, 2C, 2h, 2w], attention map [N, 1, 2h, 2w]."""
-        up = upsample(y)
-        if self.equations == "paper":
-            joined = F.relu(self.W_x(x)) + F.relu(self.W_y(up))
-        else:
-            joined = F.relu(self.W_x(x) + self.W_y(up))
+    def forward(self, row: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gates ``y`` [N, 2C, h, w] by what the last of ``row``, each [N, C, 2h, 2w], attends to.
+
+        Returns ``row`` and the gated features, concatenated [N, len(row) * C + 2C, 2h, 2w]; the means of that over
+        its pixels; and the attention map [N, 1, 2h, 2w].
+        """
+        project, normalize = self.W_y
+        from_row, from_below = self.W_x(row[-1]), normalize(upsample(project(y)))  # W_y up(y) = up(W_y y)
+        paper = self.equations == "paper"
+        joined = F.relu(from_row) + F.relu(from_below) if paper else F.relu(from_row + from_below)
         attention = self.active(joined)
-        return (1 + attention) * up, attention
+        return *spatial_gate(y, attention, row, return_means=True), attention
 
 
 def initialize(module: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .layers import (
@@ -16,8 +15,8 @@ from .layers import (
     SpatialAttention,
     initialize,
     pad_to_multiple,
-    upsample,
 )
+from .ops import upsample
 
 LEVELS = 5
 ATTENTION_NODES = ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3))
@@ -142,12 +141,12 @@ class SCOATNet(nn.Module):
         attention: dict[tuple[int, int], Tensor] = {}
         for j in range(1, LEVELS):
             for i in reversed(range(LEVELS - j)):
-                row, below = [x[i, k] for k in range(j)], x[i + 1, j - 1]
+                row, below, block = [x[i, k] for k in range(j)], x[i + 1, j - 1], getattr(self, f"conv{i}_{j}")
                 if i == 0:
-                    from_below = upsample(below)
+                    x[i, j] = block(upsample(below, row))
                 else:
-                    from_below, attention[i, j] = getattr(self, f"att{i}_{j}")(row[-1], below)
-                x[i, j] = getattr(self, f"conv{i}_{j}")(torch.cat([*row, from_below], 1))
+                    joined, means, attention[i, j] = getattr(self, f"att{i}_{j}")(row, below)
+                    x[i, j] = block(joined, means)
 
         if self.deep_supervision:
             output = [getattr(self, f"final{j}")(x[0, j])[:, :, :height, :width] for j in range(1, LEVELS)]

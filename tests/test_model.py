@@ -227,15 +227,22 @@ def test_arguments_out_of_range_are_refused(arguments, message):
         SCOATNet(**arguments)
 
 
-def test_upsampling_runs_once_a_node(net, monkeypatch):
+def test_every_node_upsamples_its_input_once(net, monkeypatch):
     from scoat_fast import layers, model
 
     calls = []
-    original = layers.upsample
-    for module in (layers, model):
-        monkeypatch.setattr(module, "upsample", lambda y: calls.append(y.shape) or original(y))
+    for module, name in ((layers, "upsample"), (layers, "spatial_gate"), (model, "upsample")):
+        original = getattr(module, name)
+
+        def spy(y, *args, original=original, name=name, **kwargs):
+            calls.append((name, y.shape[1]))
+            return original(y, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, spy)
     net(torch.rand(1, 1, 32, 32))
-    assert len(calls) == 10  # six gated nodes, four in row 0
+    gated = [("spatial_gate", 2 * 3 * 2**i) for i, _ in model.ATTENTION_NODES]
+    projections = [("upsample", 3 * 2**i) for i, _ in model.ATTENTION_NODES]  # of half the channels, for the map
+    assert sorted(calls) == sorted([*gated, *projections, *[("upsample", 6)] * 4])
 
 
 def paper_block(block, x_c):
@@ -302,3 +309,47 @@ def test_it_is_a_plain_module(net):
     torch.testing.assert_close(clone(x), net(x), rtol=0, atol=0)
     exported = torch.export.export(net, (x,)).module()
     torch.testing.assert_close(exported(x), net(x))
+
+
+def test_exports_to_onnx_in_standard_operators(net):
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    x = torch.rand(1, 1, 32, 48)
+    model = torch.onnx.export(net, (x,), dynamo=True, verbose=False).model_proto
+    assert {node.domain for node in model.graph.node} == {""}
+    onnx.checker.check_model(model)
+    (output,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+    expected = net(x).detach()
+    assert (torch.from_numpy(output) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_compiles_as_one_graph_with_dynamic_shapes(net):
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((2, 1, 32, 48), (3, 1, 64, 32)):
+        x = torch.rand(size)
+        torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_trains_the_same_with_and_without_kernels():
+    """Gradients of the whole network in float32, from the kernels and from stock operators, against float64."""
+    from scoat_fast import ops
+
+    torch.manual_seed(3)
+    net = SCOATNet(width=4, deep_supervision=True)
+    x, gradients = torch.rand(2, 1, 48, 32), {}
+    for name, backend, dtype in (
+        ("ours", None, torch.float32),
+        ("stock", "reference", torch.float32),
+        ("exact", "reference", torch.float64),
+    ):
+        net.to(dtype).zero_grad()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+        with ops.use_backend(backend):
+            sum(y.square().mean() for y in net(x.to(dtype))).backward()
+        gradients[name] = torch.cat([p.grad.double().flatten() for p in net.parameters()])
+    ours, stock = ((gradients[name] - gradients["exact"]).norm() for name in ("ours", "stock"))
+    assert ours <= 2 * stock + 1e-6 * gradients["exact"].norm()

@@ -18,8 +18,9 @@ HEAVY = {"torch", "nibabel", "pydicom", "PIL", "numpy", "safetensors", "triton",
 MAY_IMPORT = {
     "errors": set(),
     "imaging": {"errors"},
-    "layers": set(),
-    "model": {"layers", "pretrained"},  # from_pretrained, inside the function
+    "ops": {"_C"},
+    "layers": {"ops"},
+    "model": {"layers", "ops", "pretrained"},  # from_pretrained, inside the function
     "pretrained": {"errors", "imaging", "model"},
     "segmentation": {"errors", "imaging", "model"},
     "train": {"errors", "imaging", "model", "pretrained", "segmentation"},
@@ -73,6 +74,17 @@ def test_parts_depend_one_way():
             targets = [target[0]] if target and target[0] else [alias.name for alias in node.names]
             for name in targets:
                 assert name in allowed or name == "__version__", f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_an_operation_knows_no_other_and_its_variants_not_their_caller():
+    for folder in (path for path in (ROOT / "ops").iterdir() if path.is_dir() and not path.name.startswith("__")):
+        others = {path.name for path in folder.parent.iterdir() if path.is_dir()} - {folder.name}
+        for path in folder.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom):
+                    names = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+                    assert not others & names, path
+                    assert path.name == "op.py" or "op" not in names, path
 
 
 def test_version_and_help(capsys):

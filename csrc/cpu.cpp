@@ -1,0 +1,509 @@
+// The kernels on a CPU, with OpenMP. Compiled once for each instruction set (SCOAT_ISA names its namespace).
+#include <unistd.h>
+
+#include <algorithm>
+#include <vector>
+
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#include "resample.h"
+
+namespace scoat {
+namespace cpu {
+namespace SCOAT_ISA {
+
+namespace {
+
+constexpr int64_t GRAIN = 1 << 15;  // elements that a thread must have to be worth waking
+
+int useful_threads(int threads, int64_t elements) {
+  return int(std::max<int64_t>(1, std::min<int64_t>(threads, elements / GRAIN)));
+}
+
+template <typename T>
+T* row_of(const View& view, int64_t n, int64_t c, int64_t h) {
+  return static_cast<T*>(view.data) + n * view.n + c * view.c + h * view.h;
+}
+
+// WIDTH neighbouring values, in a register where the CPU has one so wide.
+constexpr int WIDTH = 16;
+using Lanes = float __attribute__((vector_size(WIDTH * sizeof(float))));
+
+template <typename T>
+inline void load(const T* __restrict from, Lanes& lanes) {
+  float values[WIDTH];
+  for (int i = 0; i < WIDTH; ++i) values[i] = to_float(from[i]);
+  memcpy(&lanes, values, sizeof lanes);
+}
+
+template <typename T>
+inline void store(const Lanes& lanes, T* __restrict to) {
+  for (int i = 0; i < WIDTH; ++i) to[i] = from_float<T>(lanes[i]);
+}
+
+// Past the caches, for results too large to stay in them: saves reading what is about to be overwritten.
+inline void stream(const Lanes& lanes, float* to) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)lanes);
+#elif defined(__AVX__)
+  __m256 halves[2];
+  memcpy(halves, &lanes, sizeof lanes);
+  _mm256_stream_ps(to, halves[0]);
+  _mm256_stream_ps(to + WIDTH / 2, halves[1]);
+#else
+  memcpy(to, &lanes, sizeof lanes);
+#endif
+}
+
+// Whether a result is larger than the last cache, and all its rows begin where a store past the caches may; `steps`
+// are those between rows, joined by a bitwise or.
+bool worth_streaming(int64_t elements, const View& out, int64_t steps) {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 16 << 20);
+#else
+  constexpr int64_t cache = 32 << 20;
+#endif
+  return elements * int64_t(sizeof(float)) >= cache && uintptr_t(out.data) % sizeof(Lanes) == 0 && steps % WIDTH == 0;
+}
+
+// The sums of channel c over tile `tile` go here.
+float* sums_of(const Arguments& arguments, int64_t n, int64_t tile, int64_t tiles, int64_t c) {
+  return arguments.sums + (n * tiles + tile) * arguments.sum_channels + c;
+}
+
+float value_or(const float* values, int64_t i, float otherwise) { return values ? values[i] : otherwise; }
+
+// Column weights of the outputs 2k + 1 and 2k + 2 for every k: the same for all rows.
+struct ColumnWeights {
+  std::vector<float> odd_first, odd_second, even_first, even_second;
+
+  explicit ColumnWeights(int64_t size) : odd_first(size), odd_second(size), even_first(size), even_second(size) {
+    const float inverse = inverse_of(size);
+    for (int64_t k = 0; k < size; ++k) {
+      odd_first[k] = scoat::odd_first(k, size, inverse);
+      odd_second[k] = scoat::odd_second(k, size, inverse);
+      even_first[k] = scoat::even_first(k, size, inverse);
+      even_second[k] = scoat::even_second(k, size, inverse);
+    }
+  }
+};
+
+// Calls use(column, value) for every output column of a row between the input rows y0 and y1.
+template <typename T, typename Use>
+inline void upsample_row(const T* __restrict y0, const T* __restrict y1, float row0, float row1, int64_t w,
+                         const ColumnWeights& weights, const Use& use) {
+  const float* __restrict odd0 = weights.odd_first.data(), * __restrict odd1 = weights.odd_second.data();
+  const float* __restrict even0 = weights.even_first.data(), * __restrict even1 = weights.even_second.data();
+  use(0, row0 * to_float(y0[0]) + row1 * to_float(y1[0]));
+#pragma omp simd
+  for (int64_t k = 0; k < w - 1; ++k) {
+    const float left = row0 * to_float(y0[k]) + row1 * to_float(y1[k]);
+    const float right = row0 * to_float(y0[k + 1]) + row1 * to_float(y1[k + 1]);
+    use(2 * k + 1, odd0[k] * left + odd1[k] * right);
+    use(2 * k + 2, even0[k] * left + even1[k] * right);
+  }
+  use(2 * w - 1, row0 * to_float(y0[w - 1]) + row1 * to_float(y1[w - 1]));
+}
+
+// Where a row is computed in float32, to be summed before it is rounded: in its own place where it is not rounded.
+inline float* exact_row(float* out, std::vector<float>&) { return out; }
+template <typename T>
+float* exact_row(T*, std::vector<float>& buffer) {
+  return buffer.data();
+}
+
+inline void round_row(const float*, float*, int64_t) {}
+template <typename T>
+void round_row(const float* __restrict row, T* __restrict out, int64_t size) {
+#pragma omp simd
+  for (int64_t x = 0; x < size; ++x) out[x] = from_float<T>(row[x]);
+}
+
+template <typename T>
+void up_forward_contiguous(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+  const ColumnWeights weights(w);
+  const float inverse = inverse_of(h);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> buffer(2 * w);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < n * c * 2 * h; ++item) {
+      const int64_t oy = item % (2 * h), ic = item / (2 * h) % c, in = item / (2 * h) / c;
+      const Source rows = source_of(oy, h, inverse);
+      const T *y0 = row_of<T>(a.a, in, ic, rows.first), *y1 = row_of<T>(a.a, in, ic, rows.second);
+      T* __restrict out = row_of<T>(a.out, in, ic, oy);
+      float* __restrict row = exact_row(out, buffer);
+      if (a.gate.data) {
+        const T* __restrict gate = row_of<T>(a.gate, in, 0, oy);
+        upsample_row(y0, y1, rows.first_weight, rows.second_weight, w, weights,
+                     [=](int64_t x, float value) { row[x] = (1 + to_float(gate[x])) * value; });
+      } else {
+        upsample_row(y0, y1, rows.first_weight, rows.second_weight, w, weights,
+                     [=](int64_t x, float value) { row[x] = value; });
+      }
+      if (a.sums) {
+        float total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t x = 0; x < 2 * w; ++x) total += row[x];
+        *sums_of(a, in, oy, 2 * h, ic) = total;
+      }
+      round_row(row, out, 2 * w);
+    }
+  }
+}
+
+template <typename T>
+void up_forward_channels_last(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+  const float inverse_h = inverse_of(h), inverse_w = inverse_of(w);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < n * 2 * h; ++item) {
+    const int64_t oy = item % (2 * h), in = item / (2 * h);
+    const Source rows = source_of(oy, h, inverse_h);
+    const T *y0 = row_of<T>(a.a, in, 0, rows.first), *y1 = row_of<T>(a.a, in, 0, rows.second);
+    T* row = row_of<T>(a.out, in, 0, oy);
+    const T* gate = a.gate.data ? row_of<T>(a.gate, in, 0, oy) : nullptr;
+    float* __restrict sums = a.sums ? sums_of(a, in, oy, 2 * h, 0) : nullptr;
+    if (sums) std::fill(sums, sums + c, 0.0f);
+    for (int64_t ox = 0; ox < 2 * w; ++ox) {
+      const Source columns = source_of(ox, w, inverse_w);
+      const float factor = gate ? 1 + to_float(gate[ox]) : 1.0f;
+      const float column0 = factor * columns.first_weight, column1 = factor * columns.second_weight;
+      const float row0 = rows.first_weight, row1 = rows.second_weight;
+      const T* __restrict y00 = y0 + columns.first * a.a.w, * __restrict y01 = y0 + columns.second * a.a.w;
+      const T* __restrict y10 = y1 + columns.first * a.a.w, * __restrict y11 = y1 + columns.second * a.a.w;
+      T* __restrict out = row + ox * a.out.w;
+      const auto value = [=](int64_t ic) {
+        return interpolate(to_float(y00[ic]), to_float(y01[ic]), to_float(y10[ic]), to_float(y11[ic]), row0, row1,
+                           column0, column1);
+      };
+      if (sums) {
+#pragma omp simd
+        for (int64_t ic = 0; ic < c; ++ic) {
+          const float exact = value(ic);
+          out[ic] = from_float<T>(exact);
+          sums[ic] += exact;
+        }
+      } else {
+#pragma omp simd
+        for (int64_t ic = 0; ic < c; ++ic) out[ic] = from_float<T>(value(ic));
+      }
+    }
+  }
+}
+
+template <typename T>
+void up_backward_contiguous(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+  const float inverse_h = inverse_of(h), inverse_w = inverse_of(w);
+  std::vector<float> weights(4 * w);
+  for (int64_t k = 0; k < w; ++k) {
+    const Targets columns = targets_of(k, w, inverse_w);
+    for (int j = 0; j < 4; ++j) weights[j * w + k] = columns.weight[j];
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> buffer(2 * w + 2,
+                              0.0f);  // the rows' weighted sum; a zero before and after, for 2k - 1 and 2k + 2
+    float* __restrict joined = buffer.data() + 1;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < n * c * h; ++item) {
+      const int64_t ky = item % h, ic = item / h % c, in = item / h / c;
+      const Targets rows = targets_of(ky, h, inverse_h);
+      const float shift = value_or(a.shift, in * c + ic, 0.0f);
+      std::fill(joined, joined + 2 * w, 0.0f);
+      for (int i = 0; i < 4; ++i) {
+        const int64_t oy = 2 * ky - 1 + i;
+        if (oy < 0 || oy >= 2 * h) continue;
+        const T* __restrict dout = row_of<T>(a.a, in, ic, oy);
+        const float weight = rows.weight[i];
+        if (a.gate.data) {
+          const T* __restrict gate = row_of<T>(a.gate, in, 0, oy);
+#pragma omp simd
+          for (int64_t x = 0; x < 2 * w; ++x)
+            joined[x] += weight * (1 + to_float(gate[x])) * (to_float(dout[x]) + shift);
+        } else {
+#pragma omp simd
+          for (int64_t x = 0; x < 2 * w; ++x) joined[x] += weight * (to_float(dout[x]) + shift);
+        }
+      }
+      T* __restrict dy = row_of<T>(a.out, in, ic, ky);
+      const float* __restrict column = weights.data();
+#pragma omp simd
+      for (int64_t k = 0; k < w; ++k)
+        dy[k] = from_float<T>(column[k] * joined[2 * k - 1] + column[w + k] * joined[2 * k] +
+                              column[2 * w + k] * joined[2 * k + 1] + column[3 * w + k] * joined[2 * k + 2]);
+    }
+  }
+}
+
+// One input of the gathering backward pass: the outputs that it goes to, with their weights.
+template <typename T>
+struct Taps {
+  const T* data[16];
+  float weight[16];
+  int count = 0;
+  float total = 0;  // of the weights: what a constant adds
+};
+
+// GROUPS * WIDTH channels of one input; the compiler keeps the sums in registers.
+template <int GROUPS, typename T>
+inline void gather_channels(const Taps<T>& taps, const float* shift, int64_t first, T* __restrict dy) {
+  Lanes sum[GROUPS], value;
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUPS; ++g) {
+    sum[g] = Lanes{};
+    if (shift) {
+      load(shift + first + g * WIDTH, value);
+      sum[g] = taps.total * value;
+    }
+  }
+  for (int t = 0; t < taps.count; ++t) {
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; ++g) {
+      load(taps.data[t] + first + g * WIDTH, value);
+      sum[g] += taps.weight[t] * value;
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUPS; ++g) store(sum[g], dy + first + g * WIDTH);
+}
+
+template <typename T>
+inline void gather_channel(const Taps<T>& taps, const float* shift, int64_t c, T* dy) {
+  float sum = shift ? taps.total * shift[c] : 0.0f;
+  for (int t = 0; t < taps.count; ++t) sum += taps.weight[t] * to_float(taps.data[t][c]);
+  dy[c] = from_float<T>(sum);
+}
+
+template <typename T>
+void up_backward_channels_last(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+  const float inverse_h = inverse_of(h), inverse_w = inverse_of(w);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < n * h; ++item) {
+    const int64_t ky = item % h, in = item / h;
+    const Targets rows = targets_of(ky, h, inverse_h);
+    const float* shift = a.shift ? a.shift + in * c : nullptr;
+    for (int64_t kx = 0; kx < w; ++kx) {
+      const Targets columns = targets_of(kx, w, inverse_w);
+      Taps<T> taps;
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) {
+          const int64_t oy = 2 * ky - 1 + i, ox = 2 * kx - 1 + j;
+          if (oy < 0 || oy >= 2 * h || ox < 0 || ox >= 2 * w) continue;
+          const float gate = a.gate.data ? 1 + to_float(row_of<T>(a.gate, in, 0, oy)[ox]) : 1.0f;
+          taps.data[taps.count] = row_of<T>(a.a, in, 0, oy) + ox * a.a.w;
+          taps.total += taps.weight[taps.count++] = rows.weight[i] * columns.weight[j] * gate;
+        }
+      T* dy = row_of<T>(a.out, in, 0, ky) + kx * a.out.w;
+      int64_t first = 0;
+      for (; first + 4 * WIDTH <= c; first += 4 * WIDTH) gather_channels<4>(taps, shift, first, dy);
+      for (; first + WIDTH <= c; first += WIDTH) gather_channels<1>(taps, shift, first, dy);
+      for (; first < c; ++first) gather_channel(taps, shift, first, dy);
+    }
+  }
+}
+
+template <typename T>
+void gate_backward_contiguous(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+  const ColumnWeights weights(w);
+  const float inverse = inverse_of(h);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> buffer(2 * w);
+    float* __restrict sum = buffer.data();
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < n * 2 * h; ++item) {
+      const int64_t oy = item % (2 * h), in = item / (2 * h);
+      const Source rows = source_of(oy, h, inverse);
+      std::fill(sum, sum + 2 * w, 0.0f);
+      for (int64_t ic = 0; ic < c; ++ic) {
+        const float shift = value_or(a.shift, in * c + ic, 0.0f);
+        const T* __restrict dout = row_of<T>(a.a, in, ic, oy);
+        upsample_row(row_of<T>(a.b, in, ic, rows.first), row_of<T>(a.b, in, ic, rows.second), rows.first_weight,
+                     rows.second_weight, w, weights,
+                     [=](int64_t x, float value) { sum[x] += (to_float(dout[x]) + shift) * value; });
+      }
+      T* __restrict out = row_of<T>(a.out, in, 0, oy);
+      for (int64_t x = 0; x < 2 * w; ++x) out[x] = from_float<T>(sum[x]);
+    }
+  }
+}
+
+template <typename T>
+void gate_backward_channels_last(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+  const float inverse_h = inverse_of(h), inverse_w = inverse_of(w);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> none(c, 0.0f);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < n * 2 * h; ++item) {
+      const int64_t oy = item % (2 * h), in = item / (2 * h);
+      const Source rows = source_of(oy, h, inverse_h);
+      const T *y0 = row_of<T>(a.b, in, 0, rows.first), *y1 = row_of<T>(a.b, in, 0, rows.second);
+      const T* dout_row = row_of<T>(a.a, in, 0, oy);
+      const float* __restrict shift = a.shift ? a.shift + in * c : none.data();
+      T* out = row_of<T>(a.out, in, 0, oy);
+      for (int64_t ox = 0; ox < 2 * w; ++ox) {
+        const Source columns = source_of(ox, w, inverse_w);
+        const float column0 = columns.first_weight, column1 = columns.second_weight;
+        const float row0 = rows.first_weight, row1 = rows.second_weight;
+        const T* __restrict y00 = y0 + columns.first * a.b.w, * __restrict y01 = y0 + columns.second * a.b.w;
+        const T* __restrict y10 = y1 + columns.first * a.b.w, * __restrict y11 = y1 + columns.second * a.b.w;
+        const T* __restrict dout = dout_row + ox * a.a.w;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t ic = 0; ic < c; ++ic)
+          sum += (to_float(dout[ic]) + shift[ic]) * interpolate(to_float(y00[ic]), to_float(y01[ic]), to_float(y10[ic]),
+                                                                to_float(y11[ic]), row0, row1, column0, column1);
+        out[ox * a.out.w] = from_float<T>(sum);
+      }
+    }
+  }
+}
+
+// out = x * scale + shift over a row, of which scale and shift are constant or have a value for each element.
+struct Constant {
+  float value;
+  float operator[](int64_t) const { return value; }
+};
+
+inline Lanes lanes_of(const Constant& constant, int64_t) { return Lanes{} + constant.value; }
+inline Lanes lanes_of(const float* values, int64_t first) {
+  Lanes lanes;
+  memcpy(&lanes, values + first, sizeof lanes);
+  return lanes;
+}
+
+template <typename T, typename Values>
+inline void affine_row(const T* __restrict x, const Values& scale, const Values& shift, int64_t size, T* __restrict out,
+                       bool) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) out[i] = from_float<T>(to_float(x[i]) * scale[i] + shift[i]);
+}
+
+template <typename Values>
+inline void affine_row(const float* __restrict x, const Values& scale, const Values& shift, int64_t size,
+                       float* __restrict out, bool streams) {
+  if (!streams) return affine_row<float, Values>(x, scale, shift, size, out, false);
+  for (int64_t i = 0; i < size; i += WIDTH) stream(lanes_of(x, i) * lanes_of(scale, i) + lanes_of(shift, i), out + i);
+}
+
+template <typename T>
+void affine_contiguous(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+  const bool streams = worth_streaming(n * c * h * w, a.out, a.out.n | a.out.c | a.out.h | w);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < n * c * h; ++item) {
+    // the last plane first: the end of x is what a pass before this one left in the cache
+    const int64_t plane = n * c - 1 - item / h, iy = item % h, ic = plane % c, in = plane / c;
+    const Constant scale{value_or(a.scale, in * c + ic, 1.0f)}, shift{value_or(a.shift, in * c + ic, 0.0f)};
+    const T* __restrict x = row_of<T>(a.a, in, ic, iy);
+    T* __restrict out = row_of<T>(a.out, in, ic, iy);
+    affine_row(x, scale, shift, w, out, streams);
+    if (a.sums) {
+      float total = 0;
+#pragma omp simd reduction(+ : total)
+      for (int64_t ix = 0; ix < w; ++ix) total += to_float(x[ix]) * scale.value + shift.value;
+      *sums_of(a, in, iy, h, ic) = total;
+    }
+  }
+}
+
+template <typename T>
+void affine_channels_last(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+  const int64_t items = n * h;
+  const bool streams = worth_streaming(items * w * c, a.out, a.out.n | a.out.h | a.out.w | c);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> one(c, 1.0f), none(c, 0.0f);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < items; ++i) {
+      const int64_t item = items - 1 - i;  // backwards, as above
+      const int64_t iy = item % h, in = item / h;
+      const float* scale = a.scale ? a.scale + in * c : one.data();
+      const float* shift = a.shift ? a.shift + in * c : none.data();
+      float* __restrict sums = a.sums ? sums_of(a, in, iy, h, 0) : nullptr;
+      if (sums) std::fill(sums, sums + c, 0.0f);
+      for (int64_t ix = 0; ix < w; ++ix) {
+        const T* __restrict x = row_of<T>(a.a, in, 0, iy) + ix * a.a.w;
+        affine_row(x, scale, shift, c, row_of<T>(a.out, in, 0, iy) + ix * a.out.w, streams);
+        if (sums) {
+#pragma omp simd
+          for (int64_t ic = 0; ic < c; ++ic) sums[ic] += to_float(x[ic]) * scale[ic] + shift[ic];
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void dot_contiguous(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < n * c * h; ++item) {
+    const int64_t iy = item % h, ic = item / h % c, in = item / h / c;
+    const T* __restrict x = row_of<T>(a.a, in, ic, iy);
+    float total = 0;
+    if (a.b.data) {
+      const T* __restrict y = row_of<T>(a.b, in, ic, iy);
+#pragma omp simd reduction(+ : total)
+      for (int64_t i = 0; i < w; ++i) total += to_float(x[i]) * to_float(y[i]);
+    } else {
+#pragma omp simd reduction(+ : total)
+      for (int64_t i = 0; i < w; ++i) total += to_float(x[i]);
+    }
+    *sums_of(a, in, iy, h, ic) = total;
+  }
+}
+
+template <typename T>
+void dot_channels_last(const Arguments& a, int threads) {
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < n * h; ++item) {
+    const int64_t iy = item % h, in = item / h;
+    float* __restrict sums = sums_of(a, in, iy, h, 0);
+    std::fill(sums, sums + c, 0.0f);
+    for (int64_t ix = 0; ix < w; ++ix) {
+      const T* __restrict x = row_of<T>(a.a, in, 0, iy) + ix * a.a.w;
+      if (a.b.data) {
+        const T* __restrict y = row_of<T>(a.b, in, 0, iy) + ix * a.b.w;
+#pragma omp simd
+        for (int64_t ic = 0; ic < c; ++ic) sums[ic] += to_float(x[ic]) * to_float(y[ic]);
+      } else {
+#pragma omp simd
+        for (int64_t ic = 0; ic < c; ++ic) sums[ic] += to_float(x[ic]);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define SCOAT_DEFINE(name)                                                                                         \
+  void name(const Arguments& a, int threads) {                                                                     \
+    threads = useful_threads(threads, a.shape.n * a.shape.c * a.shape.h * a.shape.w);                              \
+    switch (a.dtype) {                                                                                             \
+      case DType::float32:                                                                                         \
+        return a.channels_last ? name##_channels_last<float>(a, threads) : name##_contiguous<float>(a, threads);   \
+      case DType::float16:                                                                                         \
+        return a.channels_last ? name##_channels_last<Half>(a, threads) : name##_contiguous<Half>(a, threads);     \
+      case DType::bfloat16:                                                                                        \
+        return a.channels_last ? name##_channels_last<BFloat>(a, threads) : name##_contiguous<BFloat>(a, threads); \
+    }                                                                                                              \
+  }
+SCOAT_KERNELS(SCOAT_DEFINE)
+#undef SCOAT_DEFINE
+
+}  // namespace SCOAT_ISA
+}  // namespace cpu
+}  // namespace scoat

@@ -1,0 +1,99 @@
+"""The only place that chooses which implementation of an operation runs.
+
+``SCOAT_FAST_DISABLE`` switches implementations off: a comma-separated list of implementations (``triton``), of
+operations (``upsample``), of pairs (``upsample.triton``), or ``all``. The reference cannot be switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+# Tried in this order. On a CPU, Triton only has its interpreter: for tests that ask for it by name.
+ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+IMPLEMENTATIONS = ("reference", "triton", "cuda", "cpu")
+_MODULES = {"reference": "reference", "triton": "triton_impl", "cuda": "native_impl", "cpu": "native_impl"}
+_forced: str | None = None  # a plain global: autograd runs CUDA backwards on another thread, which sees no ContextVar
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs an operation for some input, and why nothing that comes before it does."""
+
+    implementation: str
+    refusals: dict[str, str]
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces all operations to one implementation, in all threads; None lifts that.
+
+    An input that the implementation cannot take raises RuntimeError: a forced backend never falls back.
+
+    Raises:
+        ValueError: for a name that is not one of "reference", "triton", "cuda", "cpu".
+    """
+    global _forced
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"use_backend wants one of {IMPLEMENTATIONS}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, *args) -> ModuleType:
+    """The module that runs ``op`` on these arguments: the forced one, or the first that can."""
+    device = args[0].device.type
+    refusals = {}
+    for name in ORDER.get(device, ("reference",)) if _forced is None else (_forced,):
+        module, refusal = _consider(op, name, args)
+        if refusal is None:
+            return module
+        refusals[name] = refusal
+    raise RuntimeError(f"{op}: {'; '.join(f'{name} {reason}' for name, reason in refusals.items())}")
+
+
+def explain(op: str, *args) -> Choice:
+    """What would run ``op`` on these arguments, and the reasons against what comes before it."""
+    refusals = {}
+    for name in ORDER.get(args[0].device.type, ("reference",)):
+        _, refusal = _consider(op, name, args)
+        if refusal is None:
+            return Choice(name, refusals)
+        refusals[name] = refusal
+    raise RuntimeError(f"{op}: nothing runs: {refusals}")
+
+
+def why_not(op: str, name: str, *args) -> str | None:
+    """Why an implementation cannot run ``op`` on these arguments, or None where it can."""
+    return _consider(op, name, args)[1]
+
+
+def disabled(op: str, name: str) -> str | None:
+    """Why an implementation is switched off: by ``SCOAT_FAST_DISABLE``, or by ``scoat-fast doctor``."""
+    if name == "reference":
+        return None
+    text = os.environ.get("SCOAT_FAST_DISABLE", "")
+    if text and {"all", name, op, f"{op}.{name}"} & {part.strip() for part in text.split(",")}:
+        return f"is switched off by SCOAT_FAST_DISABLE={text}"
+    return None
+
+
+def _consider(op: str, name: str, args: tuple) -> tuple[ModuleType | None, str | None]:
+    off = disabled(op, name)
+    if off is not None:
+        return None, off
+    device = args[0].device.type
+    if name in ("cuda", "cpu") and device != name:
+        return None, f"needs tensors on {name}, got {device}"
+    try:
+        module = importlib.import_module(f"{__package__}.{op}.{_MODULES[name]}")
+    except ImportError as error:  # Triton or the extension is not here
+        return None, f"cannot be loaded: {error}"
+    return module, module.why_not(*args)

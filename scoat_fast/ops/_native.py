@@ -1,0 +1,123 @@
+"""The kernels of ``csrc`` on tensors: CUDA on a GPU, the same arithmetic with OpenMP on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .. import _C  # an ImportError here is the reason that is printed
+from ._layout import is_channels_last, why_no_kernel
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def why_not(main: Tensor, others: Iterable[Tensor | None] = ()) -> str | None:
+    """Why the kernels cannot run on these tensors, which are read in the layout of ``main``."""
+    if main.is_cuda:
+        if not hasattr(_C, "cuda"):
+            return "was not built: no nvcc (see scoat-fast doctor)"
+        with torch.cuda.device(main.device):
+            reason = _C.cuda.why_not()
+        if reason:
+            return reason
+    return why_no_kernel([main, *(x for x in others if x is not None)], is_channels_last(main))
+
+
+class Sums:
+    """Sums over the pixels of tensors [N, C, H, W], gathered tile by tile and always added in the same order."""
+
+    def __init__(self, x: Tensor, channels: int):
+        """For all ``channels`` of a concatenation with the height and width of ``x``."""
+        tiles = _kernels(x).tiles(*x.shape[2:])
+        self.pixels = x.shape[2] * x.shape[3]
+        self.partial = torch.empty((len(x), tiles, channels), dtype=torch.float32, device=x.device)
+
+    def total(self) -> Tensor:  # [N, C]
+        return self.partial.sum(1)
+
+    def means(self) -> Tensor:  # [N, C]
+        return self.total() / self.pixels
+
+
+def up_forward(y: Tensor, gate: Tensor | None, out: Tensor, sums: Sums | None = None, first: int = 0) -> None:
+    """out = (1 + gate) * up(y), for the channels of a concatenation from ``first`` on."""
+    _launch("up_forward", y.shape, y, a=y, gate=gate, out=out, sums=sums, first=first)
+
+
+def up_backward(dout: Tensor, gate: Tensor | None, shift: Tensor | None, dy: Tensor) -> None:
+    """dy = up^T((1 + gate) * (dout + shift))"""
+    _launch("up_backward", dy.shape, dout, a=dout, gate=gate, shift=shift, out=dy)
+
+
+def gate_backward(dout: Tensor, y: Tensor, shift: Tensor | None, dgate: Tensor) -> None:
+    """dgate = sum over channels of (dout + shift) * up(y)"""
+    _launch("gate_backward", y.shape, y, a=dout, b=y, shift=shift, out=dgate)
+
+
+def affine(
+    x: Tensor,
+    out: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sums: Sums | None = None,
+    first: int = 0,
+) -> None:
+    """out = x * scale + shift, with a scale and a shift [N, C] in float32 for every channel."""
+    _launch("affine", x.shape, x, a=x, out=out, scale=scale, shift=shift, sums=sums, first=first)
+
+
+def dot(a: Tensor, b: Tensor | None) -> Sums:
+    """The sums of a * b, of a alone without b."""
+    sums = Sums(a, a.shape[1])
+    _launch("dot", a.shape, a, a=a, b=b, sums=sums)
+    return sums
+
+
+def _kernels(x: Tensor):
+    return _C.cuda if x.is_cuda else _C.cpu
+
+
+def _launch(
+    kernel: str,
+    shape: torch.Size,
+    main: Tensor,
+    *,
+    a: Tensor,
+    b: Tensor | None = None,
+    gate: Tensor | None = None,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    sums: Sums | None = None,
+    first: int = 0,
+) -> None:
+    """Launches on the stream of PyTorch; ``main`` has the layout that the kernel walks in."""
+    if 0 in shape:
+        return
+    per_channel = [None if t is None else t.contiguous() for t in (scale, shift)]  # held until the launch
+    where = torch.cuda.current_stream(main.device).cuda_stream if main.is_cuda else torch.get_num_threads()
+    arguments = {
+        "dtype": _DTYPES[main.dtype],
+        "channels_last": is_channels_last(main),
+        "shape": tuple(shape),
+        "a": _view(a),
+        "b": _view(b),
+        "gate": _view(gate),
+        "out": _view(out),
+        "scale": 0 if scale is None else per_channel[0].data_ptr(),
+        "shift": 0 if shift is None else per_channel[1].data_ptr(),
+        "sums": 0 if sums is None else sums.partial[:, :, first:].data_ptr(),
+        "sum_channels": 0 if sums is None else sums.partial.shape[2],
+        "where": where,
+    }
+    if main.is_cuda:
+        with torch.cuda.device(main.device):
+            getattr(_C.cuda, kernel)(**arguments)
+    else:
+        getattr(_C.cpu, kernel)(**arguments)
+
+
+def _view(x: Tensor | None) -> tuple[int, ...] | None:
+    return None if x is None else (x.data_ptr(), *x.stride())

@@ -1,0 +1,1 @@
+"""Squeeze-and-excitation: ``x * sigmoid(W2 relu(W1 mean(x)))``."""

@@ -1,0 +1,1 @@
+"""Bilinear upsampling by two with aligned corners, into a concatenation: ``cat([*row, up(y)])``."""

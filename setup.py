@@ -1,0 +1,200 @@
+"""Builds the extension ``scoat_fast._C`` with ninja and whatever compilers are there; torch is not needed for it.
+
+With nvcc the CUDA kernels are built too; without a C++ compiler the package is pure Python. What was built, and why
+not the rest, is written into ``scoat_fast/_build.json``, which ``scoat-fast doctor`` prints.
+
+Environment: ``SCOAT_FAST_EXTENSION`` and ``SCOAT_FAST_CUDA`` are ``auto`` (the default), ``1`` (fail without it) or
+``0`` (leave it out); ``CXX``, ``NVCC`` and ``CUDA_HOME`` name the tools.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+SOURCES = ROOT / "csrc"
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+# contraction to FMA is wanted, other liberties with floating point are not: a NaN has to stay one
+ISA_FLAGS = {
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma",
+    "base": "",
+}
+CUDA_ARCHITECTURES = ("80", "90")  # machine code for these, and PTX of the last for newer ones
+
+
+class Refused(Exception):
+    """Why a part is left out of the build."""
+
+
+def wanted(variable: str) -> str:
+    value = os.environ.get(variable, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable} must be auto, 0 or 1, got {value!r}")
+    return value
+
+
+def find_compiler() -> str:
+    """The C++ compiler; raises Refused."""
+    if wanted("SCOAT_FAST_EXTENSION") == "0":
+        raise Refused("SCOAT_FAST_EXTENSION=0 when it was built")
+    if platform.system() not in ("Linux", "Darwin"):
+        raise Refused(f"the extension is built on Linux and macOS, not on {platform.system()}")
+    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise Refused("no C++ compiler was found when it was built")
+
+
+def find_nvcc() -> str:
+    """The CUDA compiler; raises Refused."""
+    if wanted("SCOAT_FAST_CUDA") == "0":
+        raise Refused("SCOAT_FAST_CUDA=0 when it was built")
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + ["/usr/local/cuda"]
+    for name in [os.environ.get("NVCC"), "nvcc", *(f"{home}/bin/nvcc" for home in homes)]:
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise Refused("no nvcc was found when it was built")
+
+
+def compiles(compiler: str, flags: list[str]) -> bool:
+    """Whether a small program compiles and links with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <vector>\nint main() { return std::vector<int>(1).at(0); }\n")
+        command = [compiler, *flags, str(source), "-o", str(Path(folder, "probe"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def plan() -> tuple[dict, str | None, str | None]:
+    """What is built: the report for ``_build.json``, the C++ compiler and nvcc, None for what is left out."""
+    report: dict = {"extension": None, "cuda": None, "openmp": False}
+    try:
+        compiler = find_compiler()
+        if not compiles(compiler, CXX_FLAGS):
+            raise Refused(f"{compiler} could not compile a small C++17 program when it was built")
+    except Refused as reason:
+        if wanted("SCOAT_FAST_EXTENSION") == "1":
+            raise SystemExit(f"SCOAT_FAST_EXTENSION=1, but {reason}") from None
+        print(f"scoat-fast: pure Python, because {reason}", file=sys.stderr)
+        return report | {"why_no_extension": str(reason), "why_no_cuda": str(reason)}, None, None
+    report["extension"] = compiler
+    report["openmp"] = compiles(compiler, [*CXX_FLAGS, "-fopenmp"])
+    try:
+        nvcc = find_nvcc()
+    except Refused as reason:
+        if wanted("SCOAT_FAST_CUDA") == "1":
+            raise SystemExit(f"SCOAT_FAST_CUDA=1, but {reason}") from None
+        return report | {"why_no_cuda": str(reason)}, compiler, None
+    report["cuda"] = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    return report, compiler, nvcc
+
+
+def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, openmp: bool) -> str:
+    """The text of build.ninja."""
+    import pybind11
+
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    flags = [*CXX_FLAGS, "-ffp-contract=fast", f"-I{SOURCES}"]
+    flags += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    flags += ["-fopenmp"] if openmp else ["-fopenmp-simd"]
+    flags += ["-DSCOAT_X86"] * x86 + ["-DSCOAT_CUDA"] * bool(nvcc)
+    lines = [
+        f"cxx = {escape(compiler)}",
+        f"flags = {' '.join(map(escape, flags))}",
+        "rule cxx",
+        "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    objects = []
+
+    def build(rule: str, source: str, name: str, extra: str = "") -> None:
+        lines.append(f"build {escape(folder / name)}: {rule} {escape(SOURCES / source)}")
+        lines.append(f"  extra = {extra}")
+        objects.append(escape(folder / name))
+
+    build("cxx", "bindings.cpp", "bindings.o")
+    build("cxx", "cpu_dispatch.cpp", "cpu_dispatch.o")
+    for isa in ("avx512", "avx2", "base") if x86 else ("base",):
+        build("cxx", "cpu.cpp", f"cpu_{isa}.o", f"-DSCOAT_ISA={isa} {ISA_FLAGS[isa]}")
+    link = ["-shared", "-fopenmp"] if openmp else ["-shared"]
+    if platform.system() == "Darwin":
+        link += ["-undefined", "dynamic_lookup"]
+    if nvcc:
+        targets = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in CUDA_ARCHITECTURES]
+        targets.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
+        options = ["-std=c++17", "-O3", "-ccbin", escape(compiler), "-Xcompiler=-fPIC,-fvisibility=hidden", *targets]
+        lines += [
+            "rule nvcc",
+            f"  command = {escape(nvcc)} -MD -MF $out.d {' '.join(options)} -I{escape(SOURCES)} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+        build("nvcc", "cuda.cu", "cuda.o")
+        home = Path(nvcc).resolve().parent.parent
+        homes = [home, Path("/usr/local/cuda"), *(Path(os.environ[n]) for n in ("CUDA_HOME",) if n in os.environ)]
+        folders = [h / lib for h in homes for lib in ("lib64", "lib", "targets/x86_64-linux/lib") if (h / lib).is_dir()]
+        # static, so that no CUDA library must be found at run time and the driver alone decides what runs
+        link += [f"-L{escape(path)}" for path in folders] + ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    lines += ["rule link", f"  command = $cxx $in {' '.join(link)} -o $out"]
+    lines.append(f"build {escape(target)}: link {' '.join(objects)}")
+    lines.append(f"default {escape(target)}")
+    return "\n".join(lines) + "\n"
+
+
+def escape(path: object) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class BuildExtension(build_ext):
+    """Hands the extension to ninja."""
+
+    def run(self) -> None:
+        report, compiler, nvcc = plan()
+        target = Path(self.get_ext_fullpath("scoat_fast._C")).resolve()
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if compiler is None:
+            self.extensions = []  # nothing to copy
+            target.unlink(missing_ok=True)  # of an earlier build
+        else:
+            (folder / "build.ninja").write_text(ninja_file(folder, target, compiler, nvcc, report["openmp"]))
+            subprocess.run([*ninja(), "-C", str(folder)], check=True)
+        (target.parent / "_build.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        target = Path(self.get_ext_fullpath("scoat_fast._C"))
+        return [*([str(target)] if self.extensions else []), str(target.parent / "_build.json")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+def ninja() -> list[str]:
+    try:
+        import ninja  # noqa: F401
+
+        return [sys.executable, "-m", "ninja"]
+    except ImportError:
+        return ["ninja"]
+
+
+setup(
+    ext_modules=[Extension("scoat_fast._C", sources=[])],
+    cmdclass={"build_ext": BuildExtension},
+)

@@ -1,0 +1,138 @@
+"""The CUDA sources without a GPU: run thread by thread on the CPU, and compiled, of which the machine code is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import types
+from pathlib import Path
+
+import pytest
+from test_ops import FLOATS, assert_as_accurate, exact, outputs_and_gradients, stock
+
+from scoat_fast import ops
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+NVCC = shutil.which("nvcc")
+
+
+def disassembler() -> str | None:
+    found = shutil.which("cuobjdump")
+    if found is None and importlib.util.find_spec("triton"):
+        bundled = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The extension with its CUDA kernels compiled for the CPU, see ``emulated_cuda/cuda_runtime.h``."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    pybind11 = pytest.importorskip("pybind11")
+    target = tmp_path_factory.mktemp("emulated") / "_C.so"
+    folders = [Path(__file__).parent / "emulated_cuda", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    sources = [CSRC / name for name in ("cuda.cu", "cpu.cpp", "cpu_dispatch.cpp", "bindings.cpp")]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp-simd", "-Wno-psabi", "-DSCOAT_ISA=base"]
+    command += ["-DSCOAT_EMULATED", "-DSCOAT_CUDA", *(f"-I{folder}" for folder in folders), "-x", "c++"]
+    subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
+    spec = importlib.util.spec_from_file_location("_C", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_cuda_kernels_thread_by_thread(op, dtype, emulated, monkeypatch):
+    native = pytest.importorskip("scoat_fast.ops._native", exc_type=ImportError)
+    monkeypatch.setattr(native, "_C", types.SimpleNamespace(cpu=emulated.cuda))
+    for sample in op.samples("awkward", dtype, "cpu"):
+        with ops.use_backend("cpu"):
+            ours = outputs_and_gradients(op, op.function, sample.args)
+        assert_as_accurate(ours, stock(op, sample.args), exact(op, sample.args), sample.name)
+
+
+needs_nvcc = pytest.mark.skipif(NVCC is None or disassembler() is None, reason="needs nvcc and cuobjdump")
+
+
+@pytest.fixture(scope="module", params=["80", "90"])
+def machine_code(request, tmp_path_factory) -> dict[str, tuple[str, str]]:
+    """Resources and SASS of every kernel, by its demangled name."""
+    cubin = tmp_path_factory.mktemp("cubin") / f"sm_{request.param}.cubin"
+    arch = f"-gencode=arch=compute_{request.param},code=sm_{request.param}"
+    subprocess.run([NVCC, "-std=c++17", "-O3", "-cubin", arch, str(CSRC / "cuda.cu"), "-o", str(cubin)], check=True)
+
+    def dump(option: str) -> str:
+        return subprocess.run([disassembler(), option, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+    resources = dict(re.findall(r"Function (\S+):\n\s*(.+)", dump("-res-usage")))
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", dump("-sass"), re.DOTALL))
+    assert resources.keys() == code.keys()
+    return {name: (resources[name], code[name]) for name in code}
+
+
+@needs_nvcc
+def test_machine_code_has_no_spills_and_few_registers(machine_code):
+    assert len(machine_code) == 60  # five kernels, two layouts, three dtypes, with and without vectors
+    for name, (resources, code) in machine_code.items():
+        assert re.search(r"STACK:0 .*LOCAL:0 ", resources), (name, resources)
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+        registers = int(re.search(r"REG:(\d+)", resources)[1])
+        assert registers <= 128, (name, registers)  # so that two blocks of 256 threads fit
+
+
+@needs_nvcc
+def test_machine_code_moves_16_bytes_at_a_time(machine_code):
+    """The variants for whole vectors do, by the template arguments in their mangled names."""
+    vectors = re.compile(r"(contiguousI(f|NS_[46][A-Za-z]+E)Lb1E)|(channels_lastI(f|NS_[46][A-Za-z]+E)Li[48]E)")
+    chosen = {name: code for name, (_, code) in machine_code.items() if vectors.search(name)}
+    assert len(chosen) == 30
+    for name, code in chosen.items():
+        loads, stores = re.search(r"\bLDG\.E\.128", code), re.search(r"\bSTG\.E\.128", code)
+        reads_only = re.search(r"channels_(contiguous|channels_last)\w+Lb0EEEv", name) or "gate_backward" in name
+        assert stores or reads_only or "up_backward_contiguous" in name, name  # that one stores half a vector
+        assert loads or "up_forward_contiguous" in name, name  # that one reads single columns around its outputs
+
+
+@needs_nvcc
+def test_addresses_are_computed_in_64_bits(tmp_path):
+    ptx = tmp_path / "cuda.ptx"
+    subprocess.run([NVCC, "-std=c++17", "-ptx", "-arch=compute_90", str(CSRC / "cuda.cu"), "-o", str(ptx)], check=True)
+    for name, body in re.findall(r"\.entry (\w+)\((.*?)\n}", ptx.read_text(), re.DOTALL):
+        assert re.search(r"mul\.lo\.s64|mad\.lo\.s64", body), name  # steps of tensors are multiplied in 64 bits
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the extension is built on Linux and macOS")
+def test_the_build_without_a_compiler_is_pure_python(tmp_path):
+    """What the package is on a machine with no compiler: it says so, and works."""
+    target = tmp_path / "site"
+    (tmp_path / "bin").mkdir()
+    code = f"""
+import os, runpy, sys
+os.environ["PATH"] = {str(tmp_path / "bin")!r}
+os.environ.pop("CXX", None)
+sys.argv = ["setup.py", "-q", "build", "--build-base", {str(tmp_path / "build")!r}, "--build-lib", {str(target)!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pure Python, because no C++ compiler was found" in done.stderr
+    assert not list((target / "scoat_fast").glob("_C*"))
+    check = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]  # finds the checkout's
+import torch
+from scoat_fast import ops
+print(ops.explain("upsample", torch.rand(1, 2, 3, 3), []))
+"""
+    done = subprocess.run([sys.executable, "-c", check], cwd=target, capture_output=True, text=True, check=True)
+    assert "implementation='reference'" in done.stdout
+    assert "cannot be loaded" in done.stdout

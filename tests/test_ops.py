@@ -1,0 +1,321 @@
+"""The fused operations: every implementation against the definition in float64, and against each other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from scoat_fast import ops
+from scoat_fast.ops._backend import why_not
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOOR = 1e-6  # of the largest exact value: below, both are rounding
+
+
+def implementations() -> list:
+    """Every implementation that can run here, with its dtypes."""
+    found = [("reference", DEVICE, (torch.float64, *FLOATS)), ("cpu", "cpu", FLOATS)]
+    if CUDA:
+        return [*found, ("triton", "cuda", FLOATS), ("cuda", "cuda", FLOATS)]
+    return [*found, ("triton", "cpu", FLOATS[:2])]  # the interpreter is wrong in bfloat16
+
+
+CASES = [
+    pytest.param(op, name, device, dtype, id=f"{op.name}-{name}-{str(dtype)[6:]}")
+    for op in ops.ALL
+    for name, device, dtypes in implementations()
+    for dtype in dtypes
+]
+
+
+def needs(op, name, args) -> None:
+    reason = why_not(op.name, name, *args)
+    if reason is not None and "cannot be loaded" in reason:
+        pytest.skip(reason)
+
+
+def map_tensors(args, change):
+    """The arguments with every tensor changed, also those in lists."""
+    return [change(a) if isinstance(a, Tensor) else [change(x) for x in a] if isinstance(a, list) else a for a in args]
+
+
+def tensors_of(args) -> list[Tensor]:
+    return [x for a in args for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]
+
+
+def outputs_and_gradients(op, function, args) -> list[Tensor]:
+    """What a call returns, then the gradients of all its tensors for a fixed gradient of what it returns."""
+    leaves = map_tensors(args, lambda x: x.detach().requires_grad_())
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    weights = [torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y) for y in outputs]
+    for y, weight in zip(outputs, weights, strict=True):
+        weight.copy_(weight.flatten().roll(7).view(y.shape))
+    laid_out = [torch.empty_like(y).copy_(weight) for y, weight in zip(outputs, weights, strict=True)]
+    return [*outputs, *torch.autograd.grad(outputs, tensors_of(leaves), laid_out)]
+
+
+def assert_as_accurate(ours, stock, exact, what) -> None:
+    """Ours is at most twice as far from float64 as stock torch in the same dtype."""
+    for i, (a, b, c) in enumerate(zip(ours, stock, exact, strict=True)):
+        assert a.shape == c.shape, (what, i)
+        if not c.numel():
+            continue
+        floor = FLOOR * max(c.abs().max().item(), 1.0)
+        ours_error, stock_error = ((t.double() - c).abs().max().item() for t in (a, b))
+        assert ours_error <= 2 * stock_error + floor, f"{what}, {i}: error {ours_error:.2e}, stock {stock_error:.2e}"
+
+
+def stock(op, args):
+    """The operation in stock torch operators of the arguments' dtype."""
+    return outputs_and_gradients(op, op.stock, args)
+
+
+def exact(op, args):
+    return outputs_and_gradients(op, op.stock, map_tensors(args, lambda x: x.double()))
+
+
+@pytest.mark.parametrize(("op", "name", "device", "dtype"), CASES)
+def test_as_accurate_as_stock_torch(op, name, device, dtype):
+    for sample in op.samples("awkward", dtype, device):
+        needs(op, name, sample.args)
+        with ops.use_backend(name):
+            ours = outputs_and_gradients(op, op.function, sample.args)
+        assert_as_accurate(ours, stock(op, sample.args), exact(op, sample.args), sample.name)
+        for x in ours:
+            assert x.isfinite().all(), sample.name
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_any_backward_takes_any_forward(op, monkeypatch):
+    """The saved tensors are the same for all implementations, so that one can run forward and another backward."""
+    names = [name for name, device, _ in implementations() if device == DEVICE]
+    for sample in op.samples("awkward", torch.float32, DEVICE):
+        expected = exact(op, sample.args)
+        usual = stock(op, sample.args)
+        for forward, backward in ((a, b) for a in names for b in names if a != b):
+            needs(op, forward, sample.args)
+            needs(op, backward, sample.args)
+
+            def call(*args, forward=forward):
+                with ops.use_backend(forward):
+                    return op.function(*args)
+
+            with ops.use_backend(backward):
+                ours = outputs_and_gradients(op, call, sample.args)
+            assert_as_accurate(ours, usual, expected, f"{sample.name}, {forward} then {backward}")
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_registration(op):
+    for sample in op.samples("tiny", torch.float64, DEVICE):
+        leaves = tensors_of(map_tensors(sample.args, lambda x: x.detach().requires_grad_()))
+
+        def call(*tensors, sample=sample):
+            given = iter(tensors)
+            return op.function(*map_tensors(sample.args, lambda _: next(given)))
+
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+    for sample in op.samples("tiny", torch.float32, DEVICE):
+        torch.library.opcheck(op.overload, map_tensors(sample.args, lambda x: x.requires_grad_()))
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_compiles_as_one_graph_with_dynamic_shapes(op):
+    torch._dynamo.reset()
+    compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for sample in op.samples("awkward", torch.float32, DEVICE):
+        if 0 in sample.args[0].shape or 1 in sample.args[0].shape:
+            continue  # sizes of 0 and 1 are compiled anew each; a few sizes show what is meant
+        for ours, eager in zip(
+            outputs_and_gradients(op, compiled, sample.args),
+            outputs_and_gradients(op, op.function, sample.args),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+            assert ours.stride() == eager.stride() or ours.numel() <= 1, sample.name
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_exported_programs_hold_standard_operators(op):
+    class Module(torch.nn.Module):
+        def forward(self, *args):
+            return op.function(*args)
+
+    for sample in op.samples("tiny", torch.float32, DEVICE):
+        program = torch.export.export(Module(), tuple(sample.args))
+        called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert called and not any("scoat_fast" in name for name in called), called
+        for ours, eager in zip(
+            torch.utils._pytree.tree_leaves(program.module()(*sample.args)),
+            torch.utils._pytree.tree_leaves(op.function(*sample.args)),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_for_convolutions(op, dtype):
+    for sample in op.samples("tiny", torch.float32, DEVICE):
+        with torch.autocast(DEVICE, dtype):
+            output = outputs_and_gradients(op, op.function, sample.args)
+        lowered = map_tensors(sample.args, lambda x: x.to(dtype) if x.ndim == 4 or op.name != "channel_gate" else x)
+        if op.name == "channel_gate":  # the known means stay exact
+            lowered = [*(x.to(dtype) for x in sample.args[:3]), sample.args[3]]
+        expected = op.function(*lowered)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        assert output[0].dtype == dtype
+        torch.testing.assert_close(output[0], expected, rtol=0, atol=0)
+        assert all(
+            grad.dtype == x.dtype
+            for grad, x in zip(output[-len(tensors_of(sample.args)) :], tensors_of(sample.args), strict=True)
+        )
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_doubles_stay_doubles_under_autocast(op):
+    for sample in op.samples("tiny", torch.float64, DEVICE):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert outputs_and_gradients(op, op.function, sample.args)[0].dtype == torch.float64
+
+
+def each(op, dtype=torch.float32):
+    return next(iter(op.samples("tiny", dtype, DEVICE))).args
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_mixed_dtypes_are_refused(op):
+    args = list(each(op))
+    other = 1 if op.name != "upsample" else 0
+    args[other] = args[other].half()
+    if op.name == "upsample":
+        args[1] = [torch.randn(2, 1, 6, 4, device=DEVICE)]
+    with pytest.raises(ValueError, match=r"must be torch\.\w+ on \w+"):
+        op.function(*args)
+    with pytest.raises(ValueError, match="floating"):
+        op.function(*map_tensors(each(op), lambda x: x.int()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f: ops.upsample(f(2, 3, 4)), r"upsample: y must be \[N, C, H, W\].*\(2, 3, 4\)"),
+        (lambda f: ops.upsample(f(2, 3, 4, 0)), r"upsample: y must be"),
+        (lambda f: ops.upsample(f(2, 3, 4, 4), [f(2, 1, 8, 7)]), r"row\[0\] must be \[2, C, 8, 8\].*\(2, 1, 8, 7\)"),
+        (lambda f: ops.spatial_gate(f(2, 3, 4, 4), f(2, 3, 8, 8)), r"attention must be \[2, 1, 8, 8\]"),
+        (lambda f: ops.spatial_gate(f(2, 3, 4, 4), f(2, 1, 8, 8), [f(1, 1, 8, 8)]), r"row\[0\] must be"),
+        (lambda f: ops.channel_gate(f(2, 4, 3, 3), f(2, 5), f(5, 2)), r"\[R, 4\] and \[4, R\]"),
+        (lambda f: ops.channel_gate(f(2, 4, 3, 3), f(2, 4), f(4, 2), f(2, 3)), r"means must be \[2, 4\]"),
+        (lambda f: ops.channel_gate(f(2, 4, 3, 3), f(2, 4), f(4, 2), f(2, 4).double()), r"means must be .*float32"),
+    ],
+)
+def test_wrong_shapes_say_what_was_wanted(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(lambda *size: torch.randn(size, device=DEVICE))
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_odd_strides_are_read_rightly_or_refused(op):
+    """Transposed, expanded and stepped views: whatever runs, the result is that of a plain copy."""
+
+    def views(x: Tensor):
+        yield x.transpose(2, 3).contiguous().transpose(2, 3) if x.ndim == 4 else x
+        yield torch.stack([x, x + 1], -1)[..., 0]
+        yield x[:1].expand_as(x)
+
+    for sample in op.samples("tiny", torch.float32, DEVICE):
+        for number in range(3):
+            odd = map_tensors(sample.args, lambda x: list(views(x))[number])  # noqa: B023
+            plain = map_tensors(odd, lambda x: x.clone(memory_format=torch.contiguous_format))
+            for a, b in zip(
+                outputs_and_gradients(op, op.function, odd), outputs_and_gradients(op, op.function, plain), strict=True
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_expanded_gradients(op):
+    """``sum().backward()`` sends a gradient of which all strides are 0."""
+    for sample in op.samples("tiny", torch.float32, DEVICE):
+        grads = []
+        for function in (op.function, op.stock):
+            leaves = map_tensors(sample.args, lambda x: x.detach().requires_grad_())
+            outputs = function(*leaves)
+            output = outputs[0] if isinstance(outputs, tuple) else outputs
+            grads.append(torch.autograd.grad(output.sum(), tensors_of(leaves), allow_unused=True))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "name", "device", "dtype"), CASES)
+def test_a_nan_is_never_lost(op, name, device, dtype):
+    for sample in op.samples("tiny", dtype, device):
+        needs(op, name, sample.args)
+        for i, x in enumerate(tensors_of(sample.args)):
+            broken = map_tensors(sample.args, Tensor.clone)
+            tensors_of(broken)[i].view(-1)[0] = float("nan")
+            with ops.use_backend(name):
+                output = op.function(*broken)
+            assert torch.stack([y.isnan().any() for y in ([output] if isinstance(output, Tensor) else output)]).any(), i
+            del x
+
+
+def test_a_forced_backend_never_falls_back():
+    y = torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    for name in ("cpu", "cuda", "triton"):
+        with ops.use_backend(name), pytest.raises(RuntimeError, match=f"upsample: {name} "):
+            ops.upsample(y)
+    with pytest.raises(ValueError, match="use_backend wants one of"), ops.use_backend("fast"):
+        pass
+
+
+def test_kernels_can_be_switched_off(monkeypatch):
+    y = torch.randn(1, 2, 3, 3)
+    usual = ops.explain("upsample", y, [])
+    for text in ("all", "cpu", "upsample", "upsample.cpu", "triton, cpu"):
+        monkeypatch.setenv("SCOAT_FAST_DISABLE", text)
+        choice = ops.explain("upsample", y, [])
+        assert choice.implementation == "reference"
+        assert f"SCOAT_FAST_DISABLE={text}" in choice.refusals["cpu"]
+        with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="SCOAT_FAST_DISABLE"):
+            ops.upsample(y)
+    monkeypatch.setenv("SCOAT_FAST_DISABLE", "spatial_gate.cpu")
+    assert ops.explain("upsample", y, []) == usual
+
+
+def test_refusals_can_be_printed():
+    y = torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    choice = ops.explain("upsample", y, [])
+    assert choice.implementation == "reference"
+    assert choice.refusals["cpu"] in ("needs float32, float16 or bfloat16, got torch.float64",) or (
+        "cannot be loaded" in choice.refusals["cpu"]
+    )
+
+
+def test_sums_do_not_depend_on_the_number_of_threads():
+    y, attention = torch.randn(1, 16, 64, 64), torch.rand(1, 1, 128, 128)
+    row = [torch.randn(1, 8, 128, 128)]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.spatial_gate(y, attention, row, return_means=True))
+    finally:
+        torch.set_num_threads(before)
+    for joined, means in results[1:]:
+        assert torch.equal(joined, results[0][0])
+        assert torch.equal(means, results[0][1])
+
+
+def test_importing_the_operations_loads_no_kernels():
+    code = "import sys, scoat_fast.ops; assert not {'triton', 'scoat_fast._C'} & set(sys.modules), sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
