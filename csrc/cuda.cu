@@ -520,7 +520,9 @@ int launch(Kernel kernel, const Arguments& a, int64_t items, int64_t per_block, 
 #ifdef SCOAT_EMULATED
   emulated::run(unsigned(blocks), block, [&] { kernel(a, unsigned(items), more...); });
 #else
-  kernel<<<unsigned(blocks), block, 0, static_cast<cudaStream_t>(stream)> > >(a, unsigned(items), more...);
+  // clang-format off: it takes these for shifts
+  kernel<<<unsigned(blocks), block, 0, static_cast<cudaStream_t>(stream)>>>(a, unsigned(items), more...);
+  // clang-format on
 #endif
   return cudaGetLastError();
 }
@@ -626,6 +628,7 @@ const char* why_not() {
   static thread_local std::string reason;
   int driver = 0;
   cudaError_t error = cudaDriverGetVersion(&driver);
+  if (error == cudaSuccess && driver == 0) return "finds no NVIDIA driver";
   if (error == cudaSuccess && driver < CUDART_VERSION / 1000 * 1000) {
     reason = "needs a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) + ", this one is for CUDA " +
              std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
