@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts of less than ten minutes each:
 #
-#   benchmarks/run_on_gpu.sh tests            the test suite, on the GPU where a test can use it
+#   benchmarks/run_on_gpu.sh tests            scoat-fast doctor and the test suite, on the GPU where a test can use it
+#   benchmarks/run_on_gpu.sh sanitize         the kernels under compute-sanitizer
 #   benchmarks/run_on_gpu.sh model            forward pass: eager and torch.compile
+#   benchmarks/run_on_gpu.sh ops              the fused operations: Triton, CUDA, eager and torch.compile
 #   benchmarks/run_on_gpu.sh weights DATA     trains scoat-w32 at 512x512 (goes on where it was stopped)
 #
-# Results go to $OUT (default: out/gpu). COMMIT names what is measured, where there is no git.
+# Each builds the extension first, which needs nvcc, pybind11 and ninja. Results go to $OUT (default: out/gpu).
+# COMMIT names what is measured, where there is no git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}
@@ -16,12 +19,37 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 commit=${COMMIT:-$(git rev-parse HEAD 2>/dev/null)}
 
 python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || { echo "no CUDA GPU here"; exit 1; }
+SCOAT_FAST_CUDA=1 python3 setup.py -q build_ext --inplace >"$out/build.log" 2>&1 ||
+  { echo "the extension could not be built:" && tail -5 "$out/build.log"; }
 case $part in
   tests)
+    python3 -m scoat_fast.cli doctor --device cuda --json "$out/doctor.json"
     python3 -m pytest --tb=short -p no:cacheprovider 2>&1 | tee "$out/tests.log" | tail -40
+    ;;
+  sanitize)
+    # without the caching allocator, so that every tensor has bounds of its own
+    for tool in memcheck racecheck initcheck synccheck; do
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 140 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        --kernel-regex kns=scoat --kernel-regex kns=kernel python3 benchmarks/sanitize.py >"$out/$tool.log" 2>&1
+      echo "$tool: exit code $?, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log" | tail -1)"
+    done
     ;;
   model)
     python3 benchmarks/model.py --width 32 --size 512 --batch 1 8 32 --commit "$commit" -o "$out/model.json"
+    ;;
+  ops)
+    # each ends in good time, with the rows that it has by then; compiling takes seconds a row, so at one batch only
+    bench_ops() {
+      timeout -k 10 "$2" python3 -m scoat_fast.cli bench ops --device cuda --layout both --seconds 0.1 \
+        --commit "$commit" -o "$out/$1.json" "${@:3}" >"$out/$1.log" 2>&1 ||
+        { echo "$1: exit code $?" && tail -2 "$out/$1.log"; }
+      head -3 "$out/$1.log" && grep 'no time' "$out/$1.log" | cut -c-200 | head -10
+      grep -E ' (triton|cuda) ' "$out/$1.log" | grep -v 'no time' | cut -c-134 | head -18
+    }
+    bench_ops ops_bfloat16 250 --dtype bfloat16 --batch 32
+    bench_ops ops_bfloat16_small 90 --dtype bfloat16 --batch 8 1 --implementation eager triton cuda
+    bench_ops ops_float16 90 --dtype float16 --batch 32 --implementation eager triton cuda
+    bench_ops ops_float32 110 --dtype float32 --batch 32 --implementation eager triton cuda
     ;;
   weights)
     # ends in good time, so that what there is can be packed; the next call goes on from the last checkpoint
@@ -33,7 +61,7 @@ case $part in
     tail -3 "$out/metrics.csv"
     ;;
   *)
-    sed -n '2,9p' "$0"
+    sed -n '2,12p' "$0"
     exit 2
     ;;
 esac

@@ -75,6 +75,37 @@ def prepare(args: argparse.Namespace) -> int:
     return EXIT_OK if run(what) else EXIT_FAILED_CASES
 
 
+def doctor(args: argparse.Namespace) -> int:
+    from .doctor import run
+    from .segmentation.inference import find_device
+
+    return EXIT_OK if run(find_device(args.device).type, args.json, args.quiet) else EXIT_FAILED_CASES
+
+
+def bench_ops(args: argparse.Namespace) -> int:
+    from .bench.ops import Plan, passed, run
+    from .segmentation.inference import find_device
+
+    plan = Plan(
+        device=find_device(args.device),
+        batches=args.batch,
+        dtypes=args.dtype,
+        layouts=args.layout,
+        directions=args.direction,
+        implementations=args.implementation,
+        names=args.op,
+        seconds=args.seconds,
+    )
+    return EXIT_OK if passed(run(plan, args.commit, args.output)) else EXIT_FAILED_CASES
+
+
+def bench_chart(args: argparse.Namespace) -> int:
+    from .bench.chart import draw
+
+    draw(args.results, args.output)
+    return EXIT_OK
+
+
 def validate(args: argparse.Namespace) -> int:
     from .train.command import validate as run
 
@@ -99,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_train(commands)
     _add_validate(commands)
+    _add_doctor(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -164,6 +197,78 @@ def _add_validate(commands) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def _add_doctor(commands) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="what this machine has, and whether the kernels compute what they should on it",
+        description="Prints hardware, driver and versions, which kernels run here and why the others do not, and the "
+        "error of each against float64. Kernels that are out of bounds are switched off on this machine, until doctor "
+        "finds them well again. Exit code 3 if there are any.",
+    )
+    command.set_defaults(run=doctor)
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write what was found here")
+    command.add_argument("--quiet", action="store_true", help="print only what is switched off")
+
+
+def _add_bench(commands) -> None:
+    benches = commands.add_parser(
+        "bench", help="how fast the fused operations are on this machine", description="Measures, or draws."
+    ).add_subparsers(title="what", metavar="WHAT", required=True)
+    command = benches.add_parser(
+        "ops",
+        help="time every implementation of every operation",
+        description="Checks each implementation of each operation against float64 on the network's own shapes at "
+        "512x512, then times it beside eager torch and torch.compile. What fails its check gets no time, and the exit "
+        "code is 3.",
+        epilog=EXIT_CODES,
+    )
+    command.set_defaults(run=bench_ops)
+    command.add_argument("--op", nargs="+", choices=("upsample", "spatial_gate", "channel_gate"), help="default: all")
+    command.add_argument(
+        "--batch", type=_positive, nargs="+", metavar="N", help="slices at once (default: 1 8 32 on a GPU, else 1)"
+    )
+    command.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("float32", "float16", "bfloat16"),
+        help="default: bfloat16 on a GPU, else float32",
+    )
+    command.add_argument(
+        "--layout",
+        type=_one_or_both("contiguous", "channels_last"),
+        default="contiguous",
+        metavar="contiguous|channels_last|both",
+        help="default: %(default)s",
+    )
+    command.add_argument(
+        "--direction",
+        type=_one_or_both("forward", "backward"),
+        default="both",
+        metavar="forward|backward|both",
+        help="default: %(default)s",
+    )
+    command.add_argument(
+        "--implementation",
+        nargs="+",
+        choices=("eager", "compile", "triton", "cuda", "cpu"),
+        help="default: all that the device has, but on a CPU without compile, which takes minutes",
+    )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    command.add_argument("--seconds", type=float, default=0.5, metavar="S", help="for each row (default: %(default)s)")
+    command.add_argument("--commit", default="", help="what is measured, where there is no git")
+    command.add_argument("-o", "--output", type=_input, metavar="FILE", help="also write the numbers here, as JSON")
+    command = benches.add_parser(
+        "chart",
+        help="draw the results of bench ops",
+        description="Draws how many times faster than eager torch everything is, at the largest batch of the results. "
+        "Needs matplotlib: pip install 'scoat-fast[bench]'.",
+    )
+    command.set_defaults(run=bench_chart)
+    command.add_argument("results", type=_input, metavar="RESULTS.json")
+    command.add_argument("-o", "--output", type=_input, required=True, metavar="FILE.png")
+
+
 def _add_train(commands) -> None:
     command = commands.add_parser(
         "train",
@@ -210,6 +315,15 @@ def _names(text: str) -> tuple[str, ...]:
     if not names:
         raise argparse.ArgumentTypeError(f"names with commas between them are wanted, got {text!r}")
     return names
+
+
+def _one_or_both(*names: str):
+    def parse(text: str) -> tuple[str, ...]:
+        if text != "both" and text not in names:
+            raise argparse.ArgumentTypeError(f"{', '.join(names)} or both is wanted, got {text!r}")
+        return names if text == "both" else (text,)
+
+    return parse
 
 
 def _positive(text: str) -> int:

@@ -13,9 +13,10 @@ import types
 from pathlib import Path
 
 import pytest
-from test_ops import FLOATS, assert_as_accurate, exact, outputs_and_gradients, stock
+from test_ops import FLOATS, assert_as_accurate
 
 from scoat_fast import ops
+from scoat_fast.ops import parity
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -55,9 +56,7 @@ def test_cuda_kernels_thread_by_thread(op, dtype, emulated, monkeypatch):
     native = pytest.importorskip("scoat_fast.ops._native", exc_type=ImportError)
     monkeypatch.setattr(native, "_C", types.SimpleNamespace(cpu=emulated.cuda))
     for sample in op.samples("awkward", dtype, "cpu"):
-        with ops.use_backend("cpu"):
-            ours = outputs_and_gradients(op, op.function, sample.args)
-        assert_as_accurate(ours, stock(op, sample.args), exact(op, sample.args), sample.name)
+        assert_as_accurate(parity.measure(op, "cpu", sample), sample.name)
 
 
 needs_nvcc = pytest.mark.skipif(NVCC is None or disassembler() is None, reason="needs nvcc and cuobjdump")
@@ -131,6 +130,7 @@ import sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]  # finds the checkout's
 import torch
 from scoat_fast import ops
+from scoat_fast.ops import parity
 print(ops.explain("upsample", torch.rand(1, 2, 3, 3), []))
 """
     done = subprocess.run([sys.executable, "-c", check], cwd=target, capture_output=True, text=True, check=True)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from scoat_fast import ops
+from scoat_fast.ops import parity
 from scoat_fast.ops._backend import why_not
+from scoat_fast.ops.parity import map_tensors, outputs_and_gradients, tensors_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-FLOOR = 1e-6  # of the largest exact value: below, both are rounding
 
 
 def implementations() -> list:
@@ -40,65 +41,36 @@ def needs(op, name, args) -> None:
         pytest.skip(reason)
 
 
-def map_tensors(args, change):
-    """The arguments with every tensor changed, also those in lists."""
-    return [change(a) if isinstance(a, Tensor) else [change(x) for x in a] if isinstance(a, list) else a for a in args]
-
-
-def tensors_of(args) -> list[Tensor]:
-    return [x for a in args for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]
-
-
-def outputs_and_gradients(op, function, args) -> list[Tensor]:
-    """What a call returns, then the gradients of all its tensors for a fixed gradient of what it returns."""
-    leaves = map_tensors(args, lambda x: x.detach().requires_grad_())
-    outputs = function(*leaves)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    weights = [torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y) for y in outputs]
-    for y, weight in zip(outputs, weights, strict=True):
-        weight.copy_(weight.flatten().roll(7).view(y.shape))
-    laid_out = [torch.empty_like(y).copy_(weight) for y, weight in zip(outputs, weights, strict=True)]
-    return [*outputs, *torch.autograd.grad(outputs, tensors_of(leaves), laid_out)]
-
-
-def assert_as_accurate(ours, stock, exact, what) -> None:
+def assert_as_accurate(found: list[parity.Parity], what: str) -> None:
     """Ours is at most twice as far from float64 as stock torch in the same dtype."""
-    for i, (a, b, c) in enumerate(zip(ours, stock, exact, strict=True)):
-        assert a.shape == c.shape, (what, i)
-        if not c.numel():
-            continue
-        floor = FLOOR * max(c.abs().max().item(), 1.0)
-        ours_error, stock_error = ((t.double() - c).abs().max().item() for t in (a, b))
-        assert ours_error <= 2 * stock_error + floor, f"{what}, {i}: error {ours_error:.2e}, stock {stock_error:.2e}"
-
-
-def stock(op, args):
-    """The operation in stock torch operators of the arguments' dtype."""
-    return outputs_and_gradients(op, op.stock, args)
-
-
-def exact(op, args):
-    return outputs_and_gradients(op, op.stock, map_tensors(args, lambda x: x.double()))
+    for i, one in enumerate(found):
+        assert one.holds, f"{what}, {i}: error {one.error:.2e}, stock torch {one.stock_error:.2e}"
 
 
 @pytest.mark.parametrize(("op", "name", "device", "dtype"), CASES)
 def test_as_accurate_as_stock_torch(op, name, device, dtype):
     for sample in op.samples("awkward", dtype, device):
         needs(op, name, sample.args)
-        with ops.use_backend(name):
-            ours = outputs_and_gradients(op, op.function, sample.args)
-        assert_as_accurate(ours, stock(op, sample.args), exact(op, sample.args), sample.name)
-        for x in ours:
-            assert x.isfinite().all(), sample.name
+        assert_as_accurate(parity.measure(op, name, sample), sample.name)
+
+
+def test_parity_is_against_float64_and_sees_small_mistakes():
+    op, sample = ops.ALL[0], next(iter(ops.ALL[0].samples("tiny", torch.float32, DEVICE)))
+    exact = outputs_and_gradients(op.stock, map_tensors(sample.args, Tensor.double))
+    ours = [x.float() for x in exact]
+    assert all(one.holds for one in parity.compare(op, ours, sample))
+    for i in range(len(ours)):
+        for wrong in (1e-4, float("nan")):
+            broken = [x.clone() for x in ours]
+            broken[i].view(-1)[-1] += wrong
+            assert not parity.compare(op, broken, sample)[i].holds
 
 
 @pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
-def test_any_backward_takes_any_forward(op, monkeypatch):
+def test_any_backward_takes_any_forward(op):
     """The saved tensors are the same for all implementations, so that one can run forward and another backward."""
     names = [name for name, device, _ in implementations() if device == DEVICE]
     for sample in op.samples("awkward", torch.float32, DEVICE):
-        expected = exact(op, sample.args)
-        usual = stock(op, sample.args)
         for forward, backward in ((a, b) for a in names for b in names if a != b):
             needs(op, forward, sample.args)
             needs(op, backward, sample.args)
@@ -108,8 +80,8 @@ def test_any_backward_takes_any_forward(op, monkeypatch):
                     return op.function(*args)
 
             with ops.use_backend(backward):
-                ours = outputs_and_gradients(op, call, sample.args)
-            assert_as_accurate(ours, usual, expected, f"{sample.name}, {forward} then {backward}")
+                ours = outputs_and_gradients(call, sample.args)
+            assert_as_accurate(parity.compare(op, ours, sample), f"{sample.name}, {forward} then {backward}")
 
 
 @pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
@@ -135,8 +107,8 @@ def test_compiles_as_one_graph_with_dynamic_shapes(op):
         if 0 in sample.args[0].shape or 1 in sample.args[0].shape:
             continue  # sizes of 0 and 1 are compiled anew each; a few sizes show what is meant
         for ours, eager in zip(
-            outputs_and_gradients(op, compiled, sample.args),
-            outputs_and_gradients(op, op.function, sample.args),
+            outputs_and_gradients(compiled, sample.args),
+            outputs_and_gradients(op.function, sample.args),
             strict=True,
         ):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
@@ -166,7 +138,7 @@ def test_exported_programs_hold_standard_operators(op):
 def test_autocast_casts_as_for_convolutions(op, dtype):
     for sample in op.samples("tiny", torch.float32, DEVICE):
         with torch.autocast(DEVICE, dtype):
-            output = outputs_and_gradients(op, op.function, sample.args)
+            output = outputs_and_gradients(op.function, sample.args)
         lowered = map_tensors(sample.args, lambda x: x.to(dtype) if x.ndim == 4 or op.name != "channel_gate" else x)
         if op.name == "channel_gate":  # the known means stay exact
             lowered = [*(x.to(dtype) for x in sample.args[:3]), sample.args[3]]
@@ -184,7 +156,7 @@ def test_autocast_casts_as_for_convolutions(op, dtype):
 def test_doubles_stay_doubles_under_autocast(op):
     for sample in op.samples("tiny", torch.float64, DEVICE):
         with torch.autocast(DEVICE, torch.bfloat16):
-            assert outputs_and_gradients(op, op.function, sample.args)[0].dtype == torch.float64
+            assert outputs_and_gradients(op.function, sample.args)[0].dtype == torch.float64
 
 
 def each(op, dtype=torch.float32):
@@ -236,7 +208,7 @@ def test_odd_strides_are_read_rightly_or_refused(op):
             odd = map_tensors(sample.args, lambda x: list(views(x))[number])  # noqa: B023
             plain = map_tensors(odd, lambda x: x.clone(memory_format=torch.contiguous_format))
             for a, b in zip(
-                outputs_and_gradients(op, op.function, odd), outputs_and_gradients(op, op.function, plain), strict=True
+                outputs_and_gradients(op.function, odd), outputs_and_gradients(op.function, plain), strict=True
             ):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

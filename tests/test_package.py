@@ -18,14 +18,16 @@ HEAVY = {"torch", "nibabel", "pydicom", "PIL", "numpy", "safetensors", "triton",
 MAY_IMPORT = {
     "errors": set(),
     "imaging": {"errors"},
-    "ops": {"_C"},
+    "ops": {"_C", "errors"},
     "layers": {"ops"},
     "model": {"layers", "ops", "pretrained"},  # from_pretrained, inside the function
     "pretrained": {"errors", "imaging", "model"},
     "segmentation": {"errors", "imaging", "model"},
     "train": {"errors", "imaging", "model", "pretrained", "segmentation"},
     "weights": set(),
-    "cli": {"errors", "imaging", "segmentation", "train"},
+    "doctor": {"errors", "imaging", "ops"},
+    "bench": {"doctor", "errors", "imaging", "ops"},
+    "cli": {"bench", "doctor", "errors", "imaging", "segmentation", "train"},
 }
 
 
@@ -92,7 +94,7 @@ def test_version_and_help(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.strip() == scoat_fast.__version__
-    for command in ("segment", "prepare", "train", "validate"):
+    for command in ("segment", "prepare", "train", "validate", "doctor"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "--quiet" in capsys.readouterr().out

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
+from . import _verdict
+
 # Tried in this order. On a CPU, Triton only has its interpreter: for tests that ask for it by name.
 ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 IMPLEMENTATIONS = ("reference", "triton", "cuda", "cpu")
@@ -82,7 +84,7 @@ def disabled(op: str, name: str) -> str | None:
     text = os.environ.get("SCOAT_FAST_DISABLE", "")
     if text and {"all", name, op, f"{op}.{name}"} & {part.strip() for part in text.split(",")}:
         return f"is switched off by SCOAT_FAST_DISABLE={text}"
-    return None
+    return _verdict.reason(op, name)
 
 
 def _consider(op: str, name: str, args: tuple) -> tuple[ModuleType | None, str | None]:

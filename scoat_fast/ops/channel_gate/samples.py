@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._layout import accumulator
-from .._samples import Maker, Sample, in_both_layouts
+from .._samples import AWKWARD, Maker, Sample, in_both_layouts
 
 
 def _weights(make: Maker, channels: int, squeezed: int) -> tuple[Tensor, Tensor]:
@@ -28,11 +28,10 @@ def tiny(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 def awkward(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     def samples(make: Maker) -> Iterator[Sample]:
-        for n, c, h, w in ((1, 1, 1, 1), (2, 3, 1, 5), (1, 16, 7, 1), (2, 35, 9, 13), (1, 192, 16, 24)):
+        for n, c, h, w in AWKWARD:
             x, weights = make.normal(n, c, h, w), _weights(make, c, -(-c // 16))
             yield Sample(f"{n}x{c}x{h}x{w}", (x, *weights, None))
             yield Sample(f"{n}x{c}x{h}x{w} means", (x, *weights, _means(x)))
-        yield Sample("empty", (make.normal(0, 4, 3, 3), *_weights(make, 4, 2), None))
         yield Sample("slices", (make.sliced(2, 24, 6, 5), *_weights(make, 24, 3), None))
 
     yield from in_both_layouts(samples, dtype, device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .._samples import Maker, Sample, in_both_layouts
+from .._samples import AWKWARD, Maker, Sample, in_both_layouts
 
 
 def tiny(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -18,7 +18,7 @@ def tiny(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 def awkward(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     def samples(make: Maker) -> Iterator[Sample]:
-        for n, c, h, w in ((1, 1, 1, 1), (2, 3, 1, 5), (1, 16, 7, 1), (2, 35, 9, 13), (1, 64, 16, 24), (0, 4, 3, 3)):
+        for n, c, h, w in AWKWARD:
             y, attention = make.normal(n, c, h, w), make.uniform(n, 1, 2 * h, 2 * w)
             yield Sample(f"{n}x{c}x{h}x{w}", (y, attention, [], False))
             yield Sample(f"{n}x{c}x{h}x{w} means", (y, attention, [make.normal(n, min(c, 5), 2 * h, 2 * w)], True))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .._samples import Maker, Sample, in_both_layouts
+from .._samples import AWKWARD, Maker, Sample, in_both_layouts
 
 
 def tiny(dtype: torch.dtype, device: str) -> Iterator[Sample]:
@@ -17,7 +17,7 @@ def tiny(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 def awkward(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     def samples(make: Maker) -> Iterator[Sample]:
-        for n, c, h, w in ((1, 1, 1, 1), (2, 3, 1, 5), (1, 16, 7, 1), (2, 35, 9, 13), (1, 64, 16, 24), (0, 4, 3, 3)):
+        for n, c, h, w in AWKWARD:
             yield Sample(f"{n}x{c}x{h}x{w}", (make.normal(n, c, h, w), []))
         yield Sample("row", (make.normal(2, 16, 5, 8), [make.normal(2, 8, 10, 16), make.normal(2, 3, 10, 16)]))
         yield Sample("slices", (make.sliced(2, 8, 6, 5), [make.sliced(2, 4, 12, 10)]))

@@ -1,0 +1,49 @@
+"""Where and with what a benchmark was run, and the file that its results go to."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+from pathlib import Path
+
+import torch
+
+import scoat_fast
+
+from ..doctor import machine_facts
+from ..imaging.files import write_text
+
+
+def facts(device: torch.device, commit: str = "") -> dict:
+    """The machine and the versions as ``doctor`` tells them, the commit ("" if not known) and the date."""
+    found = machine_facts(device.type)
+    if device.type == "cuda" and not found["driver"]:  # a container may not show what the kernel knows
+        found["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or None
+    return {**found, "commit": commit or _commit(), "date": datetime.date.today().isoformat()}
+
+
+def save(path: str | Path, result: dict) -> None:
+    """Writes results as JSON with a line for each of its ``rows``. Raises OutputError."""
+    head = {name: value for name, value in result.items() if name != "rows"}
+    lines = [f"  {json.dumps(name)}: {json.dumps(value, allow_nan=False)}," for name, value in head.items()]
+    rows = ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in result["rows"])
+    write_text(path, "\n".join(("{", *lines, '  "rows": [', rows, "  ]", "}", "")))
+
+
+def _commit() -> str:
+    """Of this package's own repository, not of one that it happens to be installed in."""
+    root = Path(scoat_fast.__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    git = ["git", "--no-optional-locks", "-C", str(root)]
+    return _output([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+
+
+def _output(command: list[str]) -> str:
+    """The first line that a command prints, empty if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().partition("\n")[0]

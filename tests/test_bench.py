@@ -1,0 +1,254 @@
+"""The benchmark of the operations: what it says, and that a wrong result gets no number. Nothing here about speed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from scoat_fast import ops
+from scoat_fast.bench import calls, check, clock, machine, table
+from scoat_fast.bench.chart import draw
+from scoat_fast.bench.ops import Plan, passed, run
+from scoat_fast.errors import BadInputError, OutputError, ScoatFastError
+from scoat_fast.ops._samples import Maker, Sample
+
+BY_NAME = {op.name: op for op in ops.ALL}
+TOP = {"gpu", "driver", "cpu", "versions", "commit", "date", "copy_gb_per_s", "left_out", "rows"}
+ROW = {
+    "op", "implementation", "sample", "shape", "dtype", "layout", "direction", "batch", "ms", "gb_per_s",
+    "share_of_copy", "error", "reason", "ratio_to_eager", "ratio_to_compile",
+}  # fmt: skip
+SMALL = {
+    "upsample": lambda make, n: [("level 0", (make.normal(n, 3, 4, 5), [make.normal(n, 2, 8, 10)]))],
+    "spatial_gate": lambda make, n: [
+        ("level 1", (make.normal(n, 3, 4, 5), make.uniform(n, 1, 8, 10), [make.normal(n, 2, 8, 10)], True)),
+    ],
+    "channel_gate": lambda make, n: [
+        ("level 1", (make.normal(n, 6, 5, 4), make.normal(8, 6), make.normal(6, 8), None)),
+        ("level 1 means", (make.normal(n, 6, 5, 4), make.normal(8, 6), make.normal(6, 8), make.normal(n, 6).float())),
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small samples in place of the network's own, and a short copy."""
+    for name, make in SMALL.items():
+
+        def real(dtype, device, batch=1, layout="contiguous", make=make):
+            return (Sample(*sample) for sample in make(Maker(dtype, device, layout), batch))
+
+        monkeypatch.setattr(importlib.import_module(f"scoat_fast.ops.{name}.samples"), "real", real)
+    monkeypatch.setattr(clock, "FLUSH", 1 << 10)
+    monkeypatch.setattr(clock, "COPIED", {"cpu": 1 << 12})
+
+
+def plan(**options) -> Plan:
+    return Plan(torch.device("cpu"), **{"seconds": 0.0, **options})
+
+
+def sample(name: str, **options) -> Sample:
+    return next(BY_NAME[name].samples("real", torch.float32, **options))
+
+
+def has_kernels() -> bool:
+    return calls.refusal(BY_NAME["upsample"], "cpu", sample("upsample", batch=0).args) is None
+
+
+needs_kernels = pytest.mark.skipif("not has_kernels()", reason="the extension is not built")
+
+
+def test_run_measures_every_case_and_saves_it(tmp_path, capsys):
+    output = tmp_path / "ops.json"
+    layouts = ("contiguous", "channels_last")
+    result = run(plan(layouts=layouts, batches=(1, 2), dtypes=("float32", "bfloat16")), "abc", output)
+    assert json.loads(output.read_text()) == result
+    assert result.keys() >= TOP
+    assert passed(result)
+    assert result["commit"] == "abc" and result["copy_gb_per_s"] > 0
+    implementations = 2 if has_kernels() else 1
+    assert len(result["rows"]) == 4 * 2 * 2 * 2 * 2 * implementations
+    printed = capsys.readouterr().out.splitlines()
+    for row in result["rows"]:
+        assert row.keys() == ROW
+        assert row["reason"] is None, row
+        assert row["ms"] > 0 and row["gb_per_s"] > 0 and row["ratio_to_eager"] > 0 and row["error"] < 0.1
+        assert row["ratio_to_compile"] is None
+        assert row["shape"][0] == row["batch"]
+        assert table.line(row) in printed
+    assert "CPU" in printed[0] and "torch" in printed[0]
+    assert "copy" in printed[2]
+
+
+def test_lines_are_aligned():
+    row = dict.fromkeys(ROW) | {"op": "upsample", "ms": 1.5, "error": 1e-3, "ratio_to_eager": 2.0}
+    failed = row | {"ms": None, "reason": "result 0 is wrong"}
+    head = table.head({**machine.facts(torch.device("cpu")), "copy_gb_per_s": 12.3}).splitlines()[-1]
+    assert len(head) == len(table.line(row))
+    assert table.line(failed).startswith(table.line(row).replace("1.500", "    -"))
+    assert table.line(failed).endswith("no time: result 0 is wrong")
+
+
+@needs_kernels
+@pytest.mark.parametrize("wrong_by", [1e-3, torch.nan])
+def test_a_wrong_result_gets_no_number(monkeypatch, wrong_by):
+    from scoat_fast.ops import _native
+
+    right = _native.up_forward
+
+    def wrong(y, gate, out, *rest):
+        right(y, gate, out, *rest)
+        out[-1, -1, -1, -1] += wrong_by
+
+    monkeypatch.setattr(_native, "up_forward", wrong)
+    result = run(plan(names=("upsample",), directions=("forward",)))
+    assert not passed(result)
+    rows = result["rows"]
+    assert [row["implementation"] for row in rows] == ["eager", "cpu"]
+    assert rows[0]["ms"] is not None
+    assert {rows[1][key] for key in ("ms", "gb_per_s", "share_of_copy", "ratio_to_eager")} == {None}
+    assert "result 0" in rows[1]["reason"]
+    assert rows[1]["error"] is None if wrong_by != wrong_by else rows[1]["error"] > 1e-5
+
+
+@needs_kernels
+def test_what_a_kernel_leaves_out_shows(monkeypatch):
+    from scoat_fast.ops import _native
+
+    monkeypatch.setattr(_native, "affine", lambda *args, **rest: None)
+    rows = run(plan(names=("spatial_gate", "channel_gate"), directions=("forward",)))["rows"]
+    assert all((row["ms"] is None) == (row["implementation"] == "cpu") for row in rows)
+
+
+@needs_kernels
+def test_a_failure_costs_no_other_row(monkeypatch, capsys):
+    from scoat_fast.ops import _native
+
+    def broken(*args):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(_native, "up_forward", broken)
+    rows = run(plan())["rows"]
+    failed = [row for row in rows if row["ms"] is None]
+    assert {(row["op"], row["direction"]) for row in failed} == {("upsample", "forward"), ("spatial_gate", "forward")}
+    assert {row["reason"] for row in failed} == {"RuntimeError: out of luck"}
+    assert "out of luck" in capsys.readouterr().out
+
+
+def test_what_cannot_run_is_named_once(monkeypatch, capsys):
+    monkeypatch.setenv("SCOAT_FAST_DISABLE", "cpu")
+    result = run(plan())
+    assert result["left_out"].keys() == {"upsample cpu", "spatial_gate cpu", "channel_gate cpu"}
+    assert {row["implementation"] for row in result["rows"]} == {"eager"}
+    assert capsys.readouterr().out.count("channel_gate has no cpu here") == 1
+
+
+def test_implementations_of_another_device_are_refused():
+    with pytest.raises(ScoatFastError, match="on cpu the implementations are eager, compile, cpu, not triton"):
+        run(plan(implementations=("triton",)))
+
+
+def test_an_output_that_cannot_be_written_shows_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(clock, "COPIED", {})
+    with pytest.raises(OutputError):
+        run(plan(), output=tmp_path / "missing" / "ops.json")
+
+
+@needs_kernels
+@pytest.mark.parametrize("direction", calls.DIRECTIONS)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_public_function_is_called_as_on_a_gpu(monkeypatch, name, direction):
+    """With its own allocations: what runs on a GPU, run here."""
+    monkeypatch.setattr(calls, "PREALLOCATED", {})
+    op, args = BY_NAME[name], sample(name, batch=2).args
+    grads = calls.gradients_of_outputs(op, args)
+    truth = check.truth(op, direction, args, grads)
+    for implementation in ("eager", "cpu"):
+        with ops.use_backend(implementation if implementation == "cpu" else None):
+            results = calls.call_of(op, implementation, direction, args, grads)()
+        assert check.judge(results, truth).reason is None
+    results[0].view(-1)[0] += 1
+    assert check.judge(results, truth).reason is not None
+
+
+@pytest.mark.parametrize("direction", calls.DIRECTIONS)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_large_batch_is_checked_at_its_ends(monkeypatch, name, direction):
+    monkeypatch.setattr(check, "CPU_ROOM", 0)
+    op, args = BY_NAME[name], sample(name, batch=5).args
+    grads = calls.gradients_of_outputs(op, args)
+    truth = check.truth(op, direction, args, grads)
+    assert not truth.whole and len(truth.exact[0]) == 2
+    results = [x.clone() for x in calls.call_of(op, "eager", direction, args, grads)()]
+    assert check.judge(results, truth).reason is None
+    for place, seen in ((0, True), (2, False), (4, True)):
+        wrong = [results[0].clone(), *results[1:]]
+        wrong[0][place] += 1
+        assert (check.judge(wrong, truth).reason is not None) == seen
+
+
+def test_bytes_by_hand():
+    """Floats of 4 bytes; maps [2, 3, 4, 5] are upsampled to [2, 3, 8, 10]."""
+    y, up, row, attention = 2 * 3 * 20 * 4, 2 * 3 * 80 * 4, 2 * 2 * 80 * 4, 2 * 80 * 4
+    args = sample("upsample", batch=2).args
+    assert calls.minimal_bytes("upsample", "forward", args) == y + row + (row + up)
+    assert calls.minimal_bytes("upsample", "backward", args) == up + y
+    args = sample("spatial_gate", batch=2).args
+    assert calls.minimal_bytes("spatial_gate", "forward", args) == y + attention + row + (row + up)
+    assert calls.minimal_bytes("spatial_gate", "backward", args) == (row + up) + y + attention + y + attention + row
+    alone = (*args[:2], [], False)
+    assert calls.minimal_bytes("spatial_gate", "forward", alone) == y + attention + up
+    assert calls.minimal_bytes("spatial_gate", "backward", alone) == up + y + attention + y + attention
+    without, known = (s.args for s in BY_NAME["channel_gate"].samples("real", torch.bfloat16, batch=2))
+    x = 2 * 6 * 20 * 2
+    assert calls.minimal_bytes("channel_gate", "forward", without) == x + x + x
+    assert calls.minimal_bytes("channel_gate", "forward", known) == x + x
+    assert calls.minimal_bytes("channel_gate", "backward", known) == x + x + x
+    assert calls.minimal_bytes("channel_gate", "backward", without) == x + x + x + x
+
+
+def test_machine_facts():
+    facts = machine.facts(torch.device("cpu"))
+    assert facts["gpu"] is None and facts["driver"] is None
+    assert "threads" in facts["cpu"] and len(facts["date"]) == 10
+    assert facts["versions"]["torch"] == torch.__version__ and facts["versions"]["scoat_fast"]
+    assert machine.facts(torch.device("cpu"), "abc")["commit"] == "abc"
+
+
+def test_the_median_is_of_at_least_five_runs():
+    count = []
+    assert clock.median_ms(lambda: count.append(1), torch.device("cpu"), 0.0) > 0
+    assert len(count) == 1 + clock.FEWEST
+
+
+def results_file(path, **changes):
+    row = dict.fromkeys(ROW) | {"batch": 1, "dtype": "float32", "layout": "contiguous", "implementation": "cpu"}
+    row |= {"op": "upsample", "sample": "level 0", "direction": "forward", "ratio_to_eager": 2.0} | changes
+    path.write_text(json.dumps({"gpu": None, "cpu": "any", "rows": [row]}))
+    return path
+
+
+def test_a_chart_names_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ScoatFastError, match=r"scoat-fast\[bench\]"):
+        draw(results_file(tmp_path / "ops.json"), tmp_path / "ops.png")
+
+
+def test_a_chart_wants_results(tmp_path):
+    with pytest.raises(BadInputError, match="ratio to eager, got none"):
+        draw(results_file(tmp_path / "ops.json", ratio_to_eager=None), tmp_path / "ops.png")
+    (tmp_path / "ops.json").write_text("[]")
+    with pytest.raises(BadInputError, match=r"ops\.json: wanted results"):
+        draw(tmp_path / "ops.json", tmp_path / "ops.png")
+    with pytest.raises(BadInputError):
+        draw(tmp_path / "missing.json", tmp_path / "ops.png")
+
+
+def test_chart(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(results_file(tmp_path / "ops.json"), tmp_path / "ops.png")
+    assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")

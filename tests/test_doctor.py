@@ -1,0 +1,105 @@
+"""``scoat-fast doctor``: what it finds, prints and switches off."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from scoat_fast import doctor, ops
+from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
+from scoat_fast.ops import _verdict
+
+native = pytest.importorskip("scoat_fast.ops.upsample.native_impl", exc_type=ImportError)
+Y = torch.rand(1, 2, 3, 3)
+
+
+@pytest.fixture(autouse=True)
+def own_verdict(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _verdict.forget()
+    yield
+    _verdict.forget()
+
+
+def examine(*options: str) -> int:
+    return main(["doctor", "--device", "cpu", *options])
+
+
+def test_a_well_machine(tmp_path, capsys):
+    assert examine("--json", str(tmp_path / "found.json")) == EXIT_OK
+    page = capsys.readouterr().out
+    for op in ops.ALL:
+        assert any(line.startswith(op.name) and line.endswith("runs here") for line in page.splitlines()), page
+    assert torch.__version__ in page
+    assert "does not run on cpu tensors" in page
+    found = json.loads((tmp_path / "found.json").read_text())
+    rows = [f for f in found["findings"] if f["implementation"] == "cpu"]
+    assert len(rows) == 9
+    assert all(f["status"] == "ok" and 0 < f["error"] <= f["bound"] for f in rows)
+    assert found["switched_off"] == {}
+    assert not _verdict.path().exists()
+
+
+def slightly_wrong(y, row):
+    return torch.nn.functional.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True) * 1.01
+
+
+def broken(y, row):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(("kernel", "status"), [(slightly_wrong, "out of bounds"), (broken, "broken")])
+def test_a_bad_kernel_is_switched_off_until_it_is_well(kernel, status, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "forward", kernel)
+        assert examine() == EXIT_FAILED_CASES
+        assert f"upsample.cpu is switched off by scoat-fast doctor: {status} in float32" in capsys.readouterr().out
+        choice = ops.explain("upsample", Y, [])
+        assert choice.implementation == "reference"
+        assert "switched off by scoat-fast doctor" in choice.refusals["cpu"]
+        assert torch.equal(ops.upsample(Y), ops.ALL[0].stock(Y))
+        assert ops.explain("channel_gate", torch.rand(1, 16, 2, 2), torch.rand(1, 16), torch.rand(16, 1), None)
+        with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="switched off"):
+            ops.upsample(Y)
+        assert examine("--quiet") == EXIT_FAILED_CASES  # it judges anew, and says only this
+        assert capsys.readouterr().out.startswith("upsample.cpu is switched off")
+    assert examine("--quiet") == EXIT_OK
+    assert ops.explain("upsample", Y, []).implementation == "cpu"
+
+
+def test_a_verdict_holds_for_its_machine_and_versions_alone(monkeypatch):
+    _verdict.path().parent.mkdir(parents=True)
+    off = {"upsample.cpu": "is switched off"}
+    _verdict.path().write_text(json.dumps({"another machine": off}))
+    assert ops.explain("upsample", Y, []).implementation == "cpu"
+    _verdict.forget()
+    _verdict.path().write_text(json.dumps({"another machine": off, _verdict.machine("cpu"): off}))
+    assert ops.explain("upsample", Y, []).implementation == "reference"
+    assert examine("--quiet") == EXIT_OK
+    assert json.loads(_verdict.path().read_text()) == {"another machine": off}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": 3}'])
+def test_a_damaged_verdict_is_an_error_that_the_doctor_mends(text, capsys):
+    _verdict.path().parent.mkdir(parents=True)
+    _verdict.path().write_text(text)
+    with pytest.raises(Exception, match=r"doctor.json: damaged; run scoat-fast doctor"):
+        ops.upsample(Y)
+    assert examine("--quiet") == EXIT_OK
+    assert ops.explain("upsample", Y, []).implementation == "cpu"
+
+
+def test_a_verdict_that_cannot_be_written_is_an_error(monkeypatch, capsys, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setattr(native, "forward", slightly_wrong)
+    assert examine("--quiet") == EXIT_USAGE
+    assert "cache" in capsys.readouterr().err
+
+
+def test_a_switched_off_kernel_is_not_examined(monkeypatch, capsys):
+    monkeypatch.setenv("SCOAT_FAST_DISABLE", "upsample.cpu")
+    assert examine() == EXIT_OK
+    assert "SCOAT_FAST_DISABLE=upsample.cpu" in capsys.readouterr().out
+    assert doctor.diagnose("cpu")
