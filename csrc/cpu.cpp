@@ -1,12 +1,6 @@
 // The kernels on a CPU, with OpenMP. Compiled once for each instruction set (SCOAT_ISA names its namespace).
-#include <unistd.h>
-
 #include <algorithm>
 #include <vector>
-
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
 
 #include "kernels.h"
 #include "resample.h"
@@ -42,31 +36,6 @@ inline void load(const T* __restrict from, Lanes& lanes) {
 template <typename T>
 inline void store(const Lanes& lanes, T* __restrict to) {
   for (int i = 0; i < WIDTH; ++i) to[i] = from_float<T>(lanes[i]);
-}
-
-// Past the caches, for results too large to stay in them: saves reading what is about to be overwritten.
-inline void stream(const Lanes& lanes, float* to) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(to, (__m512)lanes);
-#elif defined(__AVX__)
-  __m256 halves[2];
-  memcpy(halves, &lanes, sizeof lanes);
-  _mm256_stream_ps(to, halves[0]);
-  _mm256_stream_ps(to + WIDTH / 2, halves[1]);
-#else
-  memcpy(to, &lanes, sizeof lanes);
-#endif
-}
-
-// Whether a result is larger than the last cache, and all its rows begin where a store past the caches may; `steps`
-// are those between rows, joined by a bitwise or.
-bool worth_streaming(int64_t elements, const View& out, int64_t steps) {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 16 << 20);
-#else
-  constexpr int64_t cache = 32 << 20;
-#endif
-  return elements * int64_t(sizeof(float)) >= cache && uintptr_t(out.data) % sizeof(Lanes) == 0 && steps % WIDTH == 0;
 }
 
 // The sums of channel c over tile `tile` go here.
@@ -369,50 +338,27 @@ void gate_backward_channels_last(const Arguments& a, int threads) {
   }
 }
 
-// out = x * scale + shift over a row, of which scale and shift are constant or have a value for each element.
-struct Constant {
-  float value;
-  float operator[](int64_t) const { return value; }
-};
-
-inline Lanes lanes_of(const Constant& constant, int64_t) { return Lanes{} + constant.value; }
-inline Lanes lanes_of(const float* values, int64_t first) {
-  Lanes lanes;
-  memcpy(&lanes, values + first, sizeof lanes);
-  return lanes;
-}
-
-template <typename T, typename Values>
-inline void affine_row(const T* __restrict x, const Values& scale, const Values& shift, int64_t size, T* __restrict out,
-                       bool) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) out[i] = from_float<T>(to_float(x[i]) * scale[i] + shift[i]);
-}
-
-template <typename Values>
-inline void affine_row(const float* __restrict x, const Values& scale, const Values& shift, int64_t size,
-                       float* __restrict out, bool streams) {
-  if (!streams) return affine_row<float, Values>(x, scale, shift, size, out, false);
-  for (int64_t i = 0; i < size; i += WIDTH) stream(lanes_of(x, i) * lanes_of(scale, i) + lanes_of(shift, i), out + i);
-}
+// A plane [h, w] as one row where it has no gaps: short rows cost more than their elements.
+bool without_gaps(const View& view, int64_t w) { return !view.data || view.h == w; }
 
 template <typename T>
 void affine_contiguous(const Arguments& a, int threads) {
-  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
-  const bool streams = worth_streaming(n * c * h * w, a.out, a.out.n | a.out.c | a.out.h | w);
+  const bool dense = !a.sums && without_gaps(a.a, a.shape.w) && without_gaps(a.out, a.shape.w);
+  const int64_t n = a.shape.n, c = a.shape.c, h = dense ? 1 : a.shape.h, w = dense ? a.shape.h * a.shape.w : a.shape.w;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < n * c * h; ++item) {
-    // the last plane first: the end of x is what a pass before this one left in the cache
-    const int64_t plane = n * c - 1 - item / h, iy = item % h, ic = plane % c, in = plane / c;
-    const Constant scale{value_or(a.scale, in * c + ic, 1.0f)}, shift{value_or(a.shift, in * c + ic, 0.0f)};
-    const T* __restrict x = row_of<T>(a.a, in, ic, iy);
-    T* __restrict out = row_of<T>(a.out, in, ic, iy);
-    affine_row(x, scale, shift, w, out, streams);
-    if (a.sums) {
-      float total = 0;
+  for (int64_t plane = 0; plane < n * c; ++plane) {
+    const float scale = value_or(a.scale, plane, 1.0f), shift = value_or(a.shift, plane, 0.0f);
+    for (int64_t iy = 0; iy < h; ++iy) {
+      const T* __restrict x = row_of<T>(a.a, plane / c, plane % c, iy);
+      T* __restrict out = row_of<T>(a.out, plane / c, plane % c, iy);
+#pragma omp simd
+      for (int64_t ix = 0; ix < w; ++ix) out[ix] = from_float<T>(to_float(x[ix]) * scale + shift);
+      if (a.sums) {
+        float total = 0;
 #pragma omp simd reduction(+ : total)
-      for (int64_t ix = 0; ix < w; ++ix) total += to_float(x[ix]) * scale.value + shift.value;
-      *sums_of(a, in, iy, h, ic) = total;
+        for (int64_t ix = 0; ix < w; ++ix) total += to_float(x[ix]) * scale + shift;
+        *sums_of(a, plane / c, iy, h, plane % c) = total;
+      }
     }
   }
 }
@@ -420,22 +366,21 @@ void affine_contiguous(const Arguments& a, int threads) {
 template <typename T>
 void affine_channels_last(const Arguments& a, int threads) {
   const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
-  const int64_t items = n * h;
-  const bool streams = worth_streaming(items * w * c, a.out, a.out.n | a.out.h | a.out.w | c);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> one(c, 1.0f), none(c, 0.0f);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < items; ++i) {
-      const int64_t item = items - 1 - i;  // backwards, as above
+    for (int64_t item = 0; item < n * h; ++item) {
       const int64_t iy = item % h, in = item / h;
-      const float* scale = a.scale ? a.scale + in * c : one.data();
-      const float* shift = a.shift ? a.shift + in * c : none.data();
+      const float* __restrict scale = a.scale ? a.scale + in * c : one.data();
+      const float* __restrict shift = a.shift ? a.shift + in * c : none.data();
       float* __restrict sums = a.sums ? sums_of(a, in, iy, h, 0) : nullptr;
       if (sums) std::fill(sums, sums + c, 0.0f);
       for (int64_t ix = 0; ix < w; ++ix) {
         const T* __restrict x = row_of<T>(a.a, in, 0, iy) + ix * a.a.w;
-        affine_row(x, scale, shift, c, row_of<T>(a.out, in, 0, iy) + ix * a.out.w, streams);
+        T* __restrict out = row_of<T>(a.out, in, 0, iy) + ix * a.out.w;
+#pragma omp simd
+        for (int64_t ic = 0; ic < c; ++ic) out[ic] = from_float<T>(to_float(x[ic]) * scale[ic] + shift[ic]);
         if (sums) {
 #pragma omp simd
           for (int64_t ic = 0; ic < c; ++ic) sums[ic] += to_float(x[ic]) * scale[ic] + shift[ic];
@@ -449,19 +394,20 @@ template <typename T>
 void dot_contiguous(const Arguments& a, int threads) {
   const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t item = 0; item < n * c * h; ++item) {
-    const int64_t iy = item % h, ic = item / h % c, in = item / h / c;
-    const T* __restrict x = row_of<T>(a.a, in, ic, iy);
-    float total = 0;
-    if (a.b.data) {
-      const T* __restrict y = row_of<T>(a.b, in, ic, iy);
+  for (int64_t plane = 0; plane < n * c; ++plane) {
+    for (int64_t iy = 0; iy < h; ++iy) {
+      const T* __restrict x = row_of<T>(a.a, plane / c, plane % c, iy);
+      float total = 0;
+      if (a.b.data) {
+        const T* __restrict y = row_of<T>(a.b, plane / c, plane % c, iy);
 #pragma omp simd reduction(+ : total)
-      for (int64_t i = 0; i < w; ++i) total += to_float(x[i]) * to_float(y[i]);
-    } else {
+        for (int64_t ix = 0; ix < w; ++ix) total += to_float(x[ix]) * to_float(y[ix]);
+      } else {
 #pragma omp simd reduction(+ : total)
-      for (int64_t i = 0; i < w; ++i) total += to_float(x[i]);
+        for (int64_t ix = 0; ix < w; ++ix) total += to_float(x[ix]);
+      }
+      *sums_of(a, plane / c, iy, h, plane % c) = total;
     }
-    *sums_of(a, in, iy, h, ic) = total;
   }
 }
 
