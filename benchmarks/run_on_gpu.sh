@@ -35,7 +35,11 @@ case $part in
     done
     ;;
   model)
-    python3 benchmarks/model.py --width 32 --size 512 --batch 1 8 32 --commit "$commit" -o "$out/model.json"
+    # the first is whole in two minutes; compiling takes most of the rest
+    timeout -k 10 200 python3 -m scoat_fast.cli bench model --width 32 64 --batch 1 8 32 --seconds 1 \
+      --commit "$commit" -o "$out/model.json"
+    timeout -k 10 360 python3 -m scoat_fast.cli bench model --width 32 --batch 32 --compile --seconds 1 \
+      --commit "$commit" -o "$out/model_compiled.json"
     ;;
   ops)
     # each ends in good time, with the rows that it has by then; compiling takes seconds a row, so at one batch only

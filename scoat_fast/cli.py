@@ -99,6 +99,15 @@ def bench_ops(args: argparse.Namespace) -> int:
     return EXIT_OK if passed(run(plan, args.commit, args.output)) else EXIT_FAILED_CASES
 
 
+def bench_model(args: argparse.Namespace) -> int:
+    from .bench.model import passed, run
+    from .segmentation.inference import find_device
+
+    device = find_device(args.device)
+    result = run(device, args.width, args.batch, args.size, args.seconds, args.compile, args.commit, args.output)
+    return EXIT_OK if passed(result) else EXIT_FAILED_CASES
+
+
 def bench_chart(args: argparse.Namespace) -> int:
     from .bench.chart import draw
 
@@ -256,6 +265,22 @@ def _add_bench(commands) -> None:
     )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     command.add_argument("--seconds", type=float, default=0.5, metavar="S", help="for each row (default: %(default)s)")
+    command.add_argument("--commit", default="", help="what is measured, where there is no git")
+    command.add_argument("-o", "--output", type=_input, metavar="FILE", help="also write the numbers here, as JSON")
+    command = benches.add_parser(
+        "model",
+        help="time the whole network",
+        description="Times the published network in stock PyTorch, eager and compiled, and SCOATNet with its kernels. "
+        "Each is checked against float64 first; what fails gets no time, and the exit code is 3.",
+        epilog=EXIT_CODES,
+    )
+    command.set_defaults(run=bench_model)
+    command.add_argument("--width", type=_positive, nargs="+", default=[32], metavar="W", help="default: 32")
+    command.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="default: 1")
+    command.add_argument("--size", type=_size, default=512, help="of the slices (default: %(default)s)")
+    command.add_argument("--compile", action="store_true", help="torch.compile, too: minutes")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    command.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each row (default: %(default)s)")
     command.add_argument("--commit", default="", help="what is measured, where there is no git")
     command.add_argument("-o", "--output", type=_input, metavar="FILE", help="also write the numbers here, as JSON")
     command = benches.add_parser(

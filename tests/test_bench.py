@@ -252,3 +252,45 @@ def test_chart(tmp_path):
     pytest.importorskip("matplotlib")
     draw(results_file(tmp_path / "ops.json"), tmp_path / "ops.png")
     assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_eager_baseline_is_the_published_network():
+    from conftest import GOLDEN
+    from test_model import golden, load_golden
+
+    from scoat_fast.bench.eager import EagerSCOATNet
+
+    path = GOLDEN / "published_w8_c1_in1.npz"
+    net, file, state = load_golden(path)
+    eager = EagerSCOATNet(net.width)
+    eager.load_state_dict(state, strict=True)
+    x = golden(file, "input").double()
+    for mode in ("eval", "train"):
+        expected = golden(file, f"{mode}/output0")
+        output = eager.double().train(mode == "train")(x)
+        assert (output - expected).abs().max() <= 1e-10 * expected.abs().max().clamp(min=1)
+
+
+def test_model_rows_are_checked_before_they_are_timed(tmp_path, monkeypatch, capsys):
+    from scoat_fast.bench import model
+
+    path = tmp_path / "model.json"
+    result = model.run(torch.device("cpu"), widths=(3,), batches=(1, 2), size=32, seconds=0.01, output=path)
+    assert model.passed(result)
+    assert json.loads(path.read_text()) == result
+    assert len(result["rows"]) == 8
+    for row in result["rows"]:
+        assert row["us_per_slice"] > 0
+        assert row["error"] < 1e-5
+        assert {"name", "width", "batch", "dtype", "us_per_slice", "peak_mib", "error"} <= row.keys()
+
+    class Wrong(model.SCOATNet):
+        def forward(self, x):
+            return super().forward(x) * 1.01
+
+    monkeypatch.setattr(model, "SCOATNet", Wrong)
+    result = model.run(torch.device("cpu"), widths=(3,), size=32, seconds=0.01)
+    assert not model.passed(result)
+    wrong = [row for row in result["rows"] if row["name"].startswith("SCOATNet")]
+    assert all(row["us_per_slice"] is None and "allowed is" in row["reason"] for row in wrong)
+    assert "no time: its error is 1.0e-02" in capsys.readouterr().out

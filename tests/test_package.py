@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "train": {"errors", "imaging", "model", "pretrained", "segmentation"},
     "weights": set(),
     "doctor": {"errors", "imaging", "ops"},
-    "bench": {"doctor", "errors", "imaging", "ops"},
+    "bench": {"doctor", "errors", "imaging", "model", "ops"},
     "cli": {"bench", "doctor", "errors", "imaging", "segmentation", "train"},
 }
 
