@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -24,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     in_charge = threading.current_thread() is threading.main_thread()  # others cannot take signals
     before = signal.signal(signal.SIGTERM, _interrupt) if in_charge else None
     try:
-        return args.run(args)
+        code = args.run(args)
+        _flush()
+        return code
     except (ScoatFastError, ValueError) as error:
         print(f"scoat-fast: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -34,6 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if in_charge:
             signal.signal(signal.SIGTERM, before)
+
+
+def _flush() -> None:
+    """Writes out what was printed. Where nobody reads it any more, the work is done all the same."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
 
 
 def _interrupt(number: int, frame) -> None:

@@ -13,7 +13,8 @@ class BadInputError(ScoatFastError, ValueError):
     """A file or folder that cannot be used: ``path`` names it, ``reason`` says what was wanted and what came."""
 
     def __init__(self, path: str | Path, reason: str):
-        self.path, self.reason = str(path), " ".join(reason.split())  # one line, whatever a library had to say
+        # one line, whatever a file was named and a library had to say
+        self.path, self.reason = "\\n".join(str(path).splitlines()), " ".join(reason.split())
         super().__init__(f"{self.path}: {self.reason}")
 
 

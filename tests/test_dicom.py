@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_series import write_series
 
 from scoat_fast import BadInputError
+from scoat_fast.cli import EXIT_FAILED_CASES, main
 from scoat_fast.imaging.dicom import read_series
 from scoat_fast.imaging.volume import Turn
 
@@ -164,3 +166,46 @@ def test_reports_beside_the_slices_are_passed_over(slices, tmp_path):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="no DICOM file with an image"):
         read_series(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: bytes(len(data)), lambda data: data[:100]])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_damaged_slice_without_a_suffix_is_not_passed_over(slices, tmp_path, damage, which):
+    files = sorted(write_series(tmp_path / "s", slices).iterdir())
+    files[which].write_bytes(damage(files[which].read_bytes()))
+    with pytest.raises(BadInputError, match=f"{files[which].name}: damaged"):
+        read_series(tmp_path / "s")
+
+
+def test_other_files_beside_slices_are_no_slices(slices, tmp_path):
+    folder = write_series(tmp_path / "s", slices)
+    for name, data in (
+        ("README", b"about this"), ("notes", b"text"), ("DICOMDIR", b"\0" * 200), (".DS_Store", b"\0\1"),
+        ("Thumbs.db", b"\0\1"), ("a.txt", b"\0"),
+    ):  # fmt: skip
+        (folder / name).write_bytes(data)
+    assert read_series(folder).voxels.shape[2] == len(slices)
+
+
+def test_slices_without_a_preamble(slices, tmp_path):
+    folder = write_series(tmp_path / "s", slices)
+    expected = read_series(folder).voxels
+    files = sorted(folder.iterdir())
+    for path in files:
+        slice = pydicom.dcmread(path)
+        bare = pydicom.Dataset()
+        bare.update(slice)
+        bare.save_as(path, implicit_vr=path.name != files[0].name, little_endian=True, enforce_file_format=False)
+        assert path.read_bytes()[128:132] != b"DICM"
+    np.testing.assert_array_equal(read_series(folder).voxels, expected)
+
+
+def test_stored_values_without_an_intercept_are_not_taken_for_hu(phantom, weights, tmp_path):
+    def forget(k, slice):
+        pixels = slice.pixel_array.copy()
+        pixels[:3, :3] = -2000  # padding
+        slice.PixelData = pixels.tobytes()
+        del slice.RescaleSlope, slice.RescaleIntercept
+
+    folder = write_series(tmp_path / "s", phantom.transpose(2, 1, 0).astype(float), change=forget)
+    assert main(["segment", str(folder), "-o", str(tmp_path / "out"), "--weights", str(weights)]) == EXIT_FAILED_CASES

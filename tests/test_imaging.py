@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import itertools
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -335,10 +336,20 @@ def test_an_error_leaves_nothing_behind(tmp_path):
 
 
 def test_what_a_killed_writer_left_goes_away(tmp_path):
-    for name in (".a[1].abc.part", ".b.abc.part"):
-        (tmp_path / name).write_bytes(b"half")
+    killed = files.StagedFiles()
+    for name in ("a[1]", "b"):
+        killed.write(tmp_path / name, lambda file: file.write(b"half"))
+    left = set(tmp_path.iterdir())
     files.write_text(tmp_path / "a[1]", "whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"a[1]", ".b.abc.part"}
+    assert len(left) == 2
+    assert len(left & set(tmp_path.iterdir())) == 1
+    assert (tmp_path / "a[1]").read_text() == "whole"
+
+
+def test_names_may_be_as_long_as_the_file_system_has_them_and_no_utf8(tmp_path):
+    for name in ("x" * 255, os.fsdecode(b"bad\xff.csv")):
+        files.write_csv(tmp_path / name, ["name"], [{"name": os.fsdecode(b"bad\xff")}])
+        assert (tmp_path / name).read_bytes() == b"name\nbad\xff\n"
 
 
 def test_a_rename_that_fails_takes_the_others_back(tmp_path):
@@ -357,3 +368,42 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     with pytest.raises(OutputError, match=r"a: cannot be written: No space left on device"):
         files.write_atomically(tmp_path / "a", full)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("padding", [-1000, -2000, -976, -3024])
+def test_padding_around_the_scan_does_not_pass_for_air(phantom, padding):
+    slices = phantom.transpose(2, 1, 0).astype(np.float32)
+    y, x = np.mgrid[-1 : 1 : slices.shape[1] * 1j, -1 : 1 : slices.shape[2] * 1j]
+    outside = x**2 + y**2 > 0.98
+    check_hu("ct", np.where(outside, padding, slices))
+    with pytest.raises(BadInputError, match="not in Hounsfield units"):
+        check_hu("ct", np.where(outside, padding, slices + 1024))
+
+
+def test_a_crop_within_the_lung_passes(phantom):
+    check_hu("ct", phantom.transpose(2, 1, 0)[:, 10:26, 8:20].astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [(40, 36, 3), (20, 36, 6)])
+def test_a_header_that_declares_too_few_voxels_is_refused(phantom, tmp_path, shape):
+    data = bytearray(nib.Nifti1Image(phantom, ASYMMETRIC).to_bytes())
+    data[42:48] = np.array(shape, "<i2").tobytes()
+    for name, packed in (("short.nii", data), ("short.nii.gz", gzip.compress(data))):
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(BadInputError, match="goes on after the voxels"):
+            read_nifti(tmp_path / name)
+
+
+def test_codes_that_the_standard_does_not_have_are_warned_about(phantom, tmp_path, capfd):
+    image = nib.Nifti1Image(phantom, ASYMMETRIC)
+    data = bytearray(image.to_bytes())
+    data[254:256] = (-1).to_bytes(2, "little", signed=True)
+    (tmp_path / "a.nii").write_bytes(data)
+    volume = read_nifti(tmp_path / "a.nii")
+    assert "its sform_code -1 is not valid and taken as 0" in volume.warnings
+    nifti_bytes(volume.voxels, volume.header)
+    assert capfd.readouterr().err == ""
+
+
+def test_errors_are_one_line_whatever_a_file_is_called():
+    assert len(str(BadInputError("a\nb", "one\ntwo")).splitlines()) == 1

@@ -508,3 +508,97 @@ def test_gzip_results_are_the_same_bytes_every_time(ct, weights, tmp_path):
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     gzip.decompress((tmp_path / "one" / "ct_mask.nii.gz").read_bytes())
+
+
+def test_what_others_wrote_beside_an_input_is_left_alone(ct, weights, capsys):
+    """A sidecar named as our report, a mask drawn by hand, a table of the user's."""
+    folder = ct.parent
+    others = {"ct.json": b'{"Manufacturer": "x"}', "ct_mask.nii.gz": b"drawn", "ct_probability.nii.gz": b"theirs"}
+    for name, data in others.items():
+        (folder / name).write_bytes(data)
+        assert run("segment", ct, "-o", folder, "--weights", weights) == EXIT_FAILED_CASES
+        assert "is no result of this program" in capsys.readouterr().err
+        assert (folder / name).read_bytes() == data
+        (folder / name).unlink()
+    (folder / "cases.csv").write_text("patient,age\n")
+    assert run("segment", ct, "-o", folder, "--weights", weights) == EXIT_USAGE
+    assert (folder / "cases.csv").read_text() == "patient,age\n"
+
+
+def test_results_anywhere_below_the_inputs_are_no_cases(ct, weights):
+    folder = ct.parent
+    assert run("segment", folder, "-o", folder / "first", "--weights", weights) == EXIT_OK
+    assert run("segment", folder, "-o", folder / "second", "--weights", weights) == EXIT_OK
+    assert [row["case"] for row in rows_of(folder / "second")] == ["ct"]
+
+
+def test_optional_results_of_an_earlier_run_go_with_it(ct, weights, tmp_path):
+    out = tmp_path / "out"
+    assert run("segment", ct, "-o", out, "--weights", weights, "--save-probabilities", "--save-attention") == EXIT_OK
+    assert len(list(out.glob("ct_attention_*"))) == 6
+    assert run("segment", ct, "-o", out, "--weights", weights, "--save-probabilities") == EXIT_OK
+    assert not list(out.glob("ct_attention_*"))
+    assert (out / "ct_probability.nii.gz").exists()
+    assert run("segment", ct, "-o", out, "--weights", weights) == EXIT_OK
+    assert not (out / "ct_probability.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("ending", "environment"), [("> /dev/full", {}), ("| head -0", {}), ("", {"PYTHONIOENCODING": "ascii"})]
+)
+def test_output_that_nobody_can_read_costs_no_case(ct, weights, tmp_path, ending, environment):
+    names = ["one.nii.gz", "\u00fcn\u00ef.nii.gz", os.fsdecode(b"bad\xff.nii.gz")]
+    for name in names:
+        shutil.copy(ct, tmp_path / name)
+    command = f'"$0" -m scoat_fast.cli segment "$@" {ending}; test $? -lt 1'
+    if ending.startswith("|"):
+        command = f'set -o pipefail; "$0" -m scoat_fast.cli segment "$@" {ending}'
+    arguments = [sys.executable, *(tmp_path / name for name in names), "-o", tmp_path / "out", "--weights", weights]
+    done = subprocess.run(
+        ["bash", "-c", command, *map(str, arguments)], capture_output=True, env=os.environ | environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    rows = (tmp_path / "out" / "cases.csv").read_bytes().splitlines()
+    assert len(rows) == 1 + len(names)
+    assert all(b",ok," in row for row in rows[1:])
+
+
+def test_pipes_are_not_waited_for_and_links_are_followed(ct, weights, tmp_path):
+    folder, elsewhere = tmp_path / "cohort", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    shutil.move(ct, elsewhere / "linked.nii.gz")
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "pipe.nii.gz")
+    (folder / "p1").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    cases, errors = find_cases([folder], tmp_path / "out")
+    assert [case.path.name for case in cases] == ["linked.nii.gz"]
+    assert not errors
+    _, errors = find_cases([folder / "pipe"], tmp_path / "out")
+    assert "neither" in errors[0].reason
+
+
+@pytest.mark.parametrize("spacing", [(2, 0.1, 1.68), (2, 1e-4, 1e-4), (2, 30, 30)])
+def test_pixels_that_no_scanner_makes_are_refused(net, phantom, spacing):
+    with pytest.raises(BadInputError, match=r"pixels of 0.05 to 20 mm are wanted"):
+        Segmenter(net, "cpu").segment(phantom.transpose(2, 1, 0), spacing)
+
+
+def test_a_lung_mask_may_be_full_and_what_is_found_unpacks(net, phantom):
+    mask, probabilities, statistics = Segmenter(net, "cpu").segment(
+        phantom, affine=ASYMMETRIC, lung=np.ones(phantom.shape)
+    )
+    assert mask.shape == probabilities.shape == phantom.shape
+    assert statistics["share_of_lung"] == pytest.approx(mask.mean())
+
+
+def test_library_warnings_do_not_reach_the_user(phantom, weights, tmp_path, capfd):
+    image = nib.Nifti1Image(phantom, ASYMMETRIC)
+    image.header.set_slope_inter(3e38, 0)
+    nib.save(image, tmp_path / "slope.nii")
+    nib.save(nib.Nifti1Image(np.where(phantom > 0, 1e300, -1000.0), ASYMMETRIC), tmp_path / "huge.nii")
+    for name in ("slope.nii", "huge.nii"):
+        assert run("segment", tmp_path / name, "-o", tmp_path / "out", "--weights", weights) == EXIT_FAILED_CASES
+        assert len(capfd.readouterr().err.strip().splitlines()) == 1

@@ -8,26 +8,48 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import UID_dictionary
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, UID_dictionary
 
 from ..errors import BadInputError
 from .nifti import new_header
 from .volume import Volume, check_affine
 
 SUFFIXES = (".dcm", ".ima")
+NO_SLICES = {"DICOMDIR", "LOCKFILE", "VERSION", "README", "LICENSE", "LICENCE", "INDEX", "CHANGES", "MANIFEST"}
+FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")  # what a DICOM file without a preamble begins with
 EVEN = 0.02  # share of the spacing by which gaps between slices may differ
 TILT = 1.0  # degrees between the slices' normal and the way from one to the next
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file calls itself DICOM, by its suffix or its preamble. Raises BadInputError if it cannot be read."""
+    """Whether a file is DICOM by its suffix or by how it begins. Raises BadInputError if it cannot be read."""
     if path.suffix.lower() in SUFFIXES:
         return True
+    start = _start(path)
+    if start[128:] == b"DICM":
+        return path.name != "DICOMDIR"
+    return len(start) == 132 and start[:2] in FIRST_GROUPS and _without_suffix(path)
+
+
+def _start(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM" and path.name != "DICOMDIR"
+            return file.read(132)
     except OSError as error:  # it may be a slice, and a volume must not lack one quietly
         raise BadInputError(path, f"cannot be read: {error.strerror}") from error
+
+
+def _without_suffix(path: Path) -> bool:
+    """Named as slices are that have no suffix: IM0004, or a UID, of which the last number is none."""
+    return path.suffix.lstrip(".").isdigit() or not path.suffix
+
+
+def _is_damaged_slice(path: Path) -> bool:
+    """Whether a file that is not DICOM stands where a slice should: named like one, and no text."""
+    if not _without_suffix(path) or path.name.startswith(".") or path.name.upper() in NO_SLICES:
+        return False
+    start = _start(path)
+    return not start or not all(byte >= 32 or byte in b"\t\n\r" for byte in start)
 
 
 def read_series(folder: str | Path) -> Volume:
@@ -44,7 +66,12 @@ def read_series(folder: str | Path) -> Volume:
 
 
 def _read_series(folder: Path) -> Volume:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and is_dicom(path))
+    there = sorted(path for path in folder.iterdir() if path.is_file())
+    files = [path for path in there if is_dicom(path)]
+    if any(_without_suffix(path) for path in files):
+        for path in there:
+            if path not in files and _is_damaged_slice(path):
+                raise BadInputError(path, "damaged: among slices without a suffix it should be one, and is not DICOM")
     slices = [slice for slice in map(_read, files) if _is_image(slice) and not _is_localizer(slice)]
     if not slices:
         raise BadInputError(folder, "no DICOM file with an image")
@@ -78,8 +105,13 @@ def _read_series(folder: Path) -> Volume:
 
 
 def _read(path: Path) -> pydicom.FileDataset:
+    bare = _start(path)[128:] != b"DICM" and _without_suffix(path)
     try:
-        return pydicom.dcmread(path)
+        slice = pydicom.dcmread(path, force=bare)
+        if bare and "TransferSyntaxUID" not in slice.file_meta:
+            implicit, _ = slice.original_encoding
+            slice.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        return slice
     except InvalidDicomError as error:
         raise BadInputError(path, "not a DICOM file, or damaged at its start") from error
     except Exception as error:  # pydicom's parsers raise many kinds on damaged data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import glob
+import hashlib
 import io
 import os
 import tempfile
@@ -28,12 +28,18 @@ class StagedFiles:
     def __enter__(self) -> StagedFiles:
         return self
 
+    @property
+    def paths(self) -> list[Path]:
+        """What was staged so far."""
+        return [path for _, path in self._staged]
+
     def write(self, path: Path, writer: Callable[[BinaryIO], None]) -> None:
         """Stages ``path`` with what ``writer`` writes into the binary file that it is given."""
         try:
-            for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            prefix = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}."  # short: names may be 255 bytes
+            for stale in path.parent.glob(f"{prefix}*.part"):
                 stale.unlink()
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+            handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=path.parent)
             self._staged.append((Path(temporary), path))
             with os.fdopen(handle, "wb") as file:
                 writer(file)
@@ -69,8 +75,11 @@ def write_atomically(path: str | Path, writer: Callable[[BinaryIO], None]) -> No
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes one UTF-8 text file through a temporary one beside it. Raises OutputError."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Writes one UTF-8 text file through a temporary one beside it. Raises OutputError.
+
+    Names of files that are not UTF-8 keep their bytes.
+    """
+    write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict]) -> None:

@@ -18,6 +18,7 @@ from ..errors import BadInputError
 from .volume import Volume, check_affine
 
 SUFFIXES = (".nii", ".nii.gz")
+PADDING = 512  # bytes that may follow the voxels: writers fill blocks
 LARGEST = 8 << 30  # bytes; a header that declares more is damaged, or means harm
 HEADERS = {348: Nifti1Header, 540: Nifti2Header}
 IMAGES = {Nifti1Header: Nifti1Image, Nifti2Header: Nifti2Image}
@@ -46,17 +47,20 @@ def read_nifti(path: str | Path, labels: bool = False) -> Volume:
         raise BadInputError(path, f"truncated or damaged: {error}") from error
     except OSError as error:
         raise BadInputError(path, f"cannot be read: {error.strerror or error}") from error
+    doubts = _valid_codes(header)
     affine, warnings = _affine(path, header)
+    warnings = doubts + warnings
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if not np.isfinite([slope, intercept]).all():
         raise BadInputError(path, f"slope {slope:g} and intercept {intercept:g} are not both finite")
     scaled = slope != 0 and (slope, intercept) != (1, 0)  # a slope of 0 means: not scaled
     if labels and not scaled:
         return Volume(path, stored, affine, header, warnings)
-    voxels = stored.astype(np.float32)
-    if scaled:
-        voxels *= np.float32(slope)
-        voxels += np.float32(intercept)
+    with np.errstate(all="ignore"):  # whoever reads HU checks that they are finite
+        voxels = stored.astype(np.float32)
+        if scaled:
+            voxels *= np.float32(slope)
+            voxels += np.float32(intercept)
     return Volume(path, voxels, affine, header, warnings)
 
 
@@ -121,6 +125,16 @@ def _read_header(path: Path, file: BinaryIO) -> Nifti1Header:
     return header
 
 
+def _valid_codes(header: Nifti1Header) -> list[str]:
+    """Takes codes of the affines that the standard does not have for 0, as nibabel does; warnings about that."""
+    doubts = []
+    for name in ("sform_code", "qform_code"):
+        if not 0 <= int(header[name]) <= 5:
+            doubts.append(f"its {name} {int(header[name])} is not valid and taken as 0")
+            header[name] = 0
+    return doubts
+
+
 def _read_voxels(path: Path, file: BinaryIO, header: Nifti1Header) -> np.ndarray:
     """The stored voxels [I, J, K]. Reads on to the end of the file, which is where gzip checks its checksum."""
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
@@ -129,7 +143,7 @@ def _read_voxels(path: Path, file: BinaryIO, header: Nifti1Header) -> np.ndarray
     stored = file.read(size)
     if len(stored) < size:
         raise BadInputError(path, f"truncated: {size} bytes of voxels are wanted, got {len(stored)}")
-    if len(file.read(1 << 20)) == 1 << 20:
+    if len(file.read(PADDING + 1)) > PADDING:  # a header with too few voxels would cut the patient into pieces
         raise BadInputError(path, f"goes on after the voxels {shape} that its header declares")
     return np.frombuffer(stored, dtype).reshape(shape[:3], order="F")
 

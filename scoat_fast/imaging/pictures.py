@@ -25,7 +25,7 @@ def read_picture(path: str | Path) -> np.ndarray:
         BadInputError: if the file is damaged, holds several pictures or colours, or is unreasonably large.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, about data that is checked here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 if getattr(picture, "n_frames", 1) > 1:

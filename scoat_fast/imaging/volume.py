@@ -15,6 +15,8 @@ SLICE_AXES = "SPL"  # slices from the feet up, rows to the back (spine down), co
 AIR, TISSUE = -500.0, -200.0  # HU: what lies below is air or lung, what lies above is tissue
 SEEN = 0.002  # share of the voxels; less than this is noise, not anatomy
 HIGHEST = 5000.0  # HU; even metal is cut off at 3071 by most scanners
+DENSE, MOSTLY = 700.0, 0.1  # HU, share of what is no air: only bone is denser, and less than this of a chest is bone
+PLANE_MM, RATIO = (0.05, 20.0), 10.0  # between pixels of a slice, and of the larger to the smaller
 
 
 @dataclass
@@ -81,6 +83,21 @@ def check_affine(path: str | Path, affine: np.ndarray) -> None:
         raise BadInputError(path, "its affine is singular: the axes of the grid do not span space")
 
 
+def check_plane(path: str | Path, turn: Turn) -> None:
+    """Raises BadInputError unless the pixels of a slice are of a size and shape that a scanner makes.
+
+    The network would see a chest squeezed to a line, and find nothing in it.
+    """
+    rows, columns = turn.spacing[1:]
+    low, high = PLANE_MM
+    if not low <= min(rows, columns) <= max(rows, columns) <= high or max(rows, columns) > RATIO * min(rows, columns):
+        raise BadInputError(
+            path,
+            f"pixels of {low:g} to {high:g} mm are wanted, no more than {RATIO:g} times as long as wide, "
+            f"got {rows:.4g} x {columns:.4g} mm",
+        )
+
+
 def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
     """Warnings about a chest CT [slices, H, W].
 
@@ -103,25 +120,32 @@ def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
         raise BadInputError(path, f"not in Hounsfield units of a chest: no tissue above {TISSUE:g} HU; {found}")
     if (slices > HIGHEST).mean() > SEEN:
         raise BadInputError(path, f"not in Hounsfield units: many voxels above {HIGHEST:g}; {found}")
+    dense = (slices > DENSE).sum() / (slices > AIR).sum()  # what pads the image may pass for air; tissue cannot hide
+    if dense > MOSTLY:
+        raise BadInputError(
+            path,
+            f"not in Hounsfield units of a chest: {dense:.0%} of what is no air lies above {DENSE:g} HU, as stored "
+            f"values without their intercept do; {found}",
+        )
     blank = [int(i) for i in np.flatnonzero(slices.min(axis=(1, 2)) == slices.max(axis=(1, 2)))]
     return [f"{len(blank)} blank slices, counted from the feet: {_some(blank)}"] if blank else []
 
 
-def check_mask(path: str | Path, voxels: np.ndarray) -> None:
-    """Raises BadInputError unless ``voxels`` can be a mask: labels from 0 up that leave something out."""
+def check_mask(path: str | Path, voxels: np.ndarray, may_be_full: bool = False) -> None:
+    """Raises BadInputError unless ``voxels`` can be a mask: labels from 0 up that, as a rule, leave something out."""
     if not np.isfinite(voxels).all() or voxels.min() < 0 or (voxels != np.round(voxels)).any():
         raise BadInputError(path, "a mask is wanted: whole numbers from 0 up")
-    if voxels.all():
+    if voxels.all() and not may_be_full:
         raise BadInputError(path, "a mask is wanted: here every voxel is set")
 
 
-def mask_on_grid(volume: Volume, mask: Volume) -> np.ndarray:
+def mask_on_grid(volume: Volume, mask: Volume, may_be_full: bool = False) -> np.ndarray:
     """A mask as bool on the grid of ``volume``, from labels on the same grid up to the order and direction of axes.
 
     Raises:
         BadInputError: if it lies on another grid, or is no mask.
     """
-    check_mask(mask.path, mask.voxels)
+    check_mask(mask.path, mask.voxels, may_be_full)
     ours, theirs = Turn(volume.affine), Turn(mask.affine)
     slices = theirs.to_slices(mask.voxels)
     shape = ours.to_slices(volume.voxels).shape

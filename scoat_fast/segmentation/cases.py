@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -34,8 +35,8 @@ def read_volume(case: Case) -> Volume:
 def find_cases(inputs: Sequence[str | Path], output: Path) -> tuple[list[Case], list[BadInputError]]:
     """The cases of files and folders, each with a name of its own, and what is no case.
 
-    Folders are searched with all that lies below them, but for ``output`` and results in it. Equal names are told
-    apart by the folders above them, and by their suffix.
+    Folders are searched with all that lies below them, also behind links, but for ``output`` and for results. Equal
+    names are told apart by the folders above them, and by their suffix.
     """
     cases: dict[Path, Case] = {}
     errors: list[BadInputError] = []
@@ -57,6 +58,8 @@ def _cases(given: Path, output: Path, errors: list[BadInputError]) -> list[Case]
         if not found and len(errors) == before:
             raise BadInputError(given, "an empty folder: no NIfTI file, DICOM series or picture in it")
         return found
+    if not _is_file(given):
+        raise BadInputError(given, "a file or a folder is wanted, this is neither")
     kind = _kind(given)
     if kind == "dicom":
         raise BadInputError(given, "one DICOM file: give the folder of its series")
@@ -71,13 +74,13 @@ def _in_folder(folder: Path, output: Path, errors: list[BadInputError]) -> Itera
     def note(error: OSError) -> None:
         errors.append(BadInputError(error.filename or folder, f"cannot be read: {error.strerror}"))
 
-    for root, folders, names in os.walk(folder, onerror=note):
+    seen = {folder.resolve()}  # links may lead in circles
+    for root, folders, names in os.walk(folder, onerror=note, followlinks=True):
         here = Path(root)
-        folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() != output]
-        own = here.resolve() == output
+        folders[:] = [name for name in sorted(folders) if _is_new(here / name, seen | {output}, seen)]
         series = False
         for name in sorted(names):
-            if name.startswith(".") or (own and is_result(here / name)):
+            if name.startswith(".") or is_result(here / name) or not _is_file(here / name):
                 continue
             try:
                 kind = _kind(here / name)
@@ -91,10 +94,36 @@ def _in_folder(folder: Path, output: Path, errors: list[BadInputError]) -> Itera
                 yield Case(_stem(here / name, kind), kind, here / name)
 
 
+def _is_new(folder: Path, known: set[Path], seen: set[Path]) -> bool:
+    """Whether a folder is to be searched: not hidden, and not ``known``; it is ``seen`` afterwards."""
+    real = folder.resolve()
+    if folder.name.startswith(".") or real in known:
+        return False
+    seen.add(real)
+    return True
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is something to read: a pipe or a socket would keep its reader waiting."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True  # a link to nothing, say; whoever reads it names the reason
+
+
 def is_result(path: Path) -> bool:
-    """Whether a file is a result of this program: named as one, and with its case's report beside it."""
+    """Whether a file is a result of this program: named as one, and with the program's report of its case beside it."""
     match = RESULT.fullmatch(path.name)
-    return match is not None and (path.parent / f"{match[1]}.json").exists()
+    return match is not None and is_report(path.parent / f"{match[1]}.json")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of this program about the case that it is named after."""
+    try:
+        report = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and "scoat_fast" in report and report.get("case") == path.stem
 
 
 def _kind(path: Path) -> str | None:

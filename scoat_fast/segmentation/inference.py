@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import BadInputError, ScoatFastError
 from ..imaging.grid import from_square, to_square
-from ..imaging.volume import Turn, check_affine, check_hu, check_mask
+from ..imaging.volume import Turn, check_affine, check_hu, check_mask, check_plane
 from ..imaging.window import Window
 from ..model import ATTENTION_NODES, SCOATNet
 from .statistics import check_min_mm3, measure, remove_small
@@ -39,6 +39,10 @@ class Segmentation:
     statistics: dict
     warnings: list[str]
     attention: dict[str, np.ndarray]
+
+    def __iter__(self) -> Iterator[np.ndarray | dict]:
+        """``mask, probabilities, statistics = segment(...)``."""
+        yield from (self.mask, self.probabilities, self.statistics)
 
 
 class Segmenter:
@@ -91,7 +95,8 @@ class Segmenter:
         check_min_mm3(min_mm3)
         volume_hu = np.asarray(volume_hu)
         turn = _turn(name, volume_hu, spacing, affine)
-        hu = np.ascontiguousarray(turn.to_slices(volume_hu), dtype=np.float32)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused below
+            hu = np.ascontiguousarray(turn.to_slices(volume_hu), dtype=np.float32)
         warnings = check_hu(name, hu)
         if lung is not None:
             lung = turn.to_slices(_checked_lung(name, np.asarray(lung), volume_hu))
@@ -240,13 +245,14 @@ def _turn(name: str, volume: np.ndarray, spacing: Sequence[float] | None, affine
         affine = np.array([[0, 0, -mm[2], 0], [0, -mm[1], 0, 0], [mm[0], 0, 0, 0], [0, 0, 0, 1]])
     affine = np.asarray(affine, dtype=float)
     check_affine(name, affine)
+    check_plane(name, Turn(affine))
     return Turn(affine)
 
 
 def _checked_lung(name: str, lung: np.ndarray, volume: np.ndarray) -> np.ndarray:
     if lung.shape != volume.shape:
         raise BadInputError(name, f"a lung mask of {volume.shape} is wanted, as the volume has, got {lung.shape}")
-    check_mask(name, lung)
+    check_mask(name, lung, may_be_full=True)  # a crop may lie within the lung
     return lung
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
@@ -21,7 +23,7 @@ from ..imaging.grid import SQUARE_PIXELS
 from ..imaging.nifti import nifti_bytes, read_nifti
 from ..imaging.pictures import check_windowed, read_mask, read_picture
 from ..imaging.volume import Turn, Volume, mask_on_grid
-from .cases import Case, find_cases, is_result, read_volume
+from .cases import RESULT, Case, find_cases, is_report, read_volume
 from .inference import Segmenter
 from .overlay import contact_sheet
 from .statistics import check_min_mm3, measure
@@ -56,10 +58,11 @@ def segment_files(inputs: Sequence[str | Path], output: Path, segmenter: Segment
     if options.lung is not None and not options.lung.exists():
         raise BadInputError(options.lung, "no such lung mask or folder of lung masks")
     make_folder(output)
+    _check_table(output / "cases.csv")
     cases, errors = find_cases(inputs, output)
     rows = [_failed("", str(error.path), error.reason) for error in errors]
     for error in errors:
-        print(f"scoat-fast: {error}", file=sys.stderr)
+        _say(f"scoat-fast: {error}", sys.stderr)
     bar = tqdm(cases, unit="case", disable=True if options.quiet or len(cases) < 2 else None)
     try:
         for case in bar:
@@ -73,6 +76,7 @@ def _attempt(case: Case, output: Path, segmenter: Segmenter, options: Options) -
     segment_one = _segment_picture if case.kind == "picture" else _segment_volume
     try:
         _check_free(case, output)
+        stale = _optional_results(case, output)
         report = segment_one(case, output, segmenter, options)
     except (BadInputError, OutputError) as error:
         return _complain(case, error.path, error.reason)
@@ -81,17 +85,44 @@ def _attempt(case: Case, output: Path, segmenter: Segmenter, options: Options) -
     except Exception as error:  # one case must never cost the others; its traceback is not lost
         traceback.print_exc()
         return _complain(case, str(case.path), f"unexpected {type(error).__name__}: {error}")
+    for path in stale - set(report.pop("files")):  # of an earlier run with other options
+        path.unlink()
     if not options.quiet:
-        tqdm.write(_line(report))
+        _say(_line(report), sys.stdout)
     row = {"case": case.name, "input": str(case.path), "status": "ok", "warnings": "; ".join(report["warnings"])}
     return row | report["statistics"]
 
 
 def _check_free(case: Case, output: Path) -> None:
     """Raises OutputError where a result would replace a file that this program has not written."""
-    for name in (f"{case.name}_mask.nii.gz", f"{case.name}_mask.png", f"{case.name}_overlay.png"):
-        if (output / name).exists() and not is_result(output / name):
-            raise OutputError(output / name, "a file of this name is there already, and is no result of this program")
+    report = output / f"{case.name}.json"
+    names = {path.name for path in output.iterdir() if (match := RESULT.fullmatch(path.name)) and match[1] == case.name}
+    for path in [report, *(output / name for name in sorted(names))]:
+        if path.exists() and not is_report(report):
+            raise OutputError(path, "a file of this name is there already, and is no result of this program")
+
+
+def _check_table(path: Path) -> None:
+    """Raises OutputError where ``cases.csv`` is somebody else's."""
+    try:
+        with path.open("rb") as file:
+            ours = file.readline().strip() == ",".join(CSV_COLUMNS).encode()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+    if not ours:
+        raise OutputError(path, "a file of this name is there already, and is no result of this program")
+
+
+def _optional_results(case: Case, output: Path) -> set[Path]:
+    """The probabilities and attention maps of a case that are there."""
+    kinds = ("probability", "attention_")
+    return {
+        path
+        for path in output.iterdir()
+        if (match := RESULT.fullmatch(path.name)) and match[1] == case.name and match[2].startswith(kinds)
+    }
 
 
 def _segment_volume(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
@@ -121,7 +152,7 @@ def _segment_volume(case: Case, output: Path, segmenter: Segmenter, options: Opt
             data = nifti_bytes(voxels, volume.header)
             files.write(output / f"{case.name}_{name}.nii.gz", partial(_write, data))
         _write_report(files, output, case, sheet, report)
-    return report
+    return report | {"files": files.paths}
 
 
 def _segment_picture(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
@@ -153,7 +184,7 @@ def _segment_picture(case: Case, output: Path, segmenter: Segmenter, options: Op
         for name, pixels in saved.items():
             files.write(output / f"{case.name}_{name}.png", partial(_write_png, Image.fromarray(pixels)))
         _write_report(files, output, case, sheet, report)
-    return report
+    return report | {"files": files.paths}
 
 
 def _write_report(files: StagedFiles, output: Path, case: Case, sheet: Image.Image, report: dict) -> None:
@@ -195,7 +226,7 @@ def _lung_volume(case: Case, volume: Volume, lung: Path | None) -> tuple[np.ndar
     path = _lung_path(case, lung, (".nii.gz", ".nii"))
     if path is None:
         return None, ["no lung mask for this case"] if lung else []
-    return mask_on_grid(volume, read_nifti(path, labels=True)), []
+    return mask_on_grid(volume, read_nifti(path, labels=True), may_be_full=True), []  # a crop may lie within the lung
 
 
 def _lung_path(case: Case, lung: Path | None, suffixes: Sequence[str]) -> Path | None:
@@ -206,8 +237,16 @@ def _lung_path(case: Case, lung: Path | None, suffixes: Sequence[str]) -> Path |
 
 
 def _complain(case: Case, path: str, reason: str) -> dict:
-    tqdm.write(f"scoat-fast: {path}: {reason}", file=sys.stderr)
+    _say(f"scoat-fast: {path}: {reason}", sys.stderr)
     return _failed(case.name, str(case.path), reason)
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Prints a line, in the letters that the stream has. Nobody to read it is no reason to stop: files hold it all."""
+    encoding = stream.encoding or "utf-8"
+    with contextlib.suppress(OSError):
+        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+        stream.flush()
 
 
 def _failed(name: str, path: str, reason: str) -> dict:

@@ -76,7 +76,10 @@ def _prepare(case: Case, what: Preparation, patient: str) -> list[dict]:
     hu = turn.to_slices(volume.voxels)
     check_hu(case.path, hu)
     folders = {"masks": what.masks} | ({"lungs": what.lungs} if what.lungs else {})
-    masks = {kind: turn.to_slices(mask_on_grid(volume, _labels(folder, case.name))) for kind, folder in folders.items()}
+    masks = {
+        kind: turn.to_slices(mask_on_grid(volume, _labels(folder, case.name), may_be_full=kind == "lungs"))
+        for kind, folder in folders.items()
+    }
     greys = (what.window.apply(hu) * 255).round().astype(np.uint8)
     opacity = masks["masks"].any(axis=(1, 2))
     empty = np.flatnonzero(~opacity)[:: what.empty_every]
