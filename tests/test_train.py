@@ -311,6 +311,41 @@ def test_a_run_does_not_go_on_with_other_data(data, tmp_path, capsys):
     assert "changed since" in capsys.readouterr().err
 
 
+def test_a_run_does_not_go_on_with_other_pictures(data, tmp_path, capsys):
+    copied = tmp_path / "data"
+    shutil.copytree(data, copied)
+    assert train(copied, tmp_path / "run", "--epochs", 1) == EXIT_OK
+    for picture, mode in (("images/s2.png", "L"), ("masks/s2.png", "1")):  # s2 is held out, and s6 trained on
+        for name in (picture, picture.replace("s2", "s6")):
+            before = (copied / name).read_bytes()
+            Image.new(mode, (36, 40)).save(copied / name)
+            capsys.readouterr()
+            assert train(copied, tmp_path / "run", "--epochs", 1) == EXIT_USAGE
+            assert "changed since" in capsys.readouterr().err
+            (copied / name).write_bytes(before)
+    assert train(copied, tmp_path / "run", "--epochs", 1) == EXIT_OK
+
+
+def test_a_run_goes_on_however_its_paths_are_spelled(data, weights, tmp_path, monkeypatch):
+    assert train(data, tmp_path / "run", "--epochs", 1, "--init", weights) == EXIT_OK
+    monkeypatch.chdir(data.parent)
+    relative = os.path.relpath(weights, data.parent)
+    assert train(data.name, tmp_path / "run", "--epochs", 1, "--init", relative) == EXIT_OK
+
+
+def test_scores_are_those_of_the_file_that_was_written(data, tmp_path, monkeypatch):
+    scored = []
+
+    def recorded(segmenter, *more):
+        scored.append(segmenter.net.state_dict())
+        return evaluate(segmenter, *more)
+
+    monkeypatch.setattr("scoat_fast.train.evaluate.evaluate", recorded)
+    assert train(data, tmp_path / "run", "--epochs", 1) == EXIT_OK
+    written = SCOATNet.from_pretrained(tmp_path / "run" / "weights.safetensors").state_dict()
+    assert all(torch.equal(scored[0][key], written[key]) for key in written)
+
+
 def test_the_log_is_whole_when_a_run_was_killed_before_its_last_row(data, tmp_path):
     assert train(data, tmp_path / "run") == EXIT_OK
     log = tmp_path / "run" / "metrics.csv"

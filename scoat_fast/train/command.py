@@ -50,9 +50,10 @@ def train(args: argparse.Namespace) -> int:
     )
     fabric = Fabric(accelerator=device, devices=args.devices, precision=config.precision)
     fabric.launch()
-    net = Trainer(config, args.output, fabric, args.name, args.licence, args.quiet).fit()
+    Trainer(config, args.output, fabric, args.name, args.licence, args.quiet).fit()
     if patients and fabric.is_global_zero:
-        _validate(Segmenter(net, device), args.data, patients, args.output / "validation.json", args.quiet)
+        written = Segmenter(args.output / "weights.safetensors", device)
+        _validate(written, args.data, patients, args.output / "validation.json", args.quiet)
     return 0
 
 
