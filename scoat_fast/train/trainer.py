@@ -60,7 +60,7 @@ class Trainer:
 
     Raises:
         BadInputError: for data or a checkpoint that cannot be used.
-        ScoatFastError: if the folder belongs to a run with another config, or a loss is not finite.
+        ScoatFastError: if the folder belongs to a run with another config or other data, or a loss is not finite.
     """
 
     def __init__(
@@ -281,7 +281,13 @@ class Trainer:
         return torch.Generator().manual_seed(number * GOLDEN_RATIO % 2**63)
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
-        return self.fabric.all_gather(sums, sync_grads=True).sum(0) if self.fabric.world_size > 1 else sums
+        """The sums of all processes, of which this one's part carries the gradient."""
+        processes = self.fabric.world_size
+        if processes == 1:
+            return sums
+        total = self.fabric.all_reduce(sums.detach().clone(), reduce_op="sum")
+        # a value of nothing; its gradient counts once for each process, since theirs are averaged afterwards
+        return total + processes * (sums - sums.detach())
 
     def _last_dice(self) -> str:
         dice = self.progress.history[-1]["dice"] if self.progress.history else ""
