@@ -165,12 +165,12 @@ def _add_segment(commands) -> None:
         epilog=EXIT_CODES,
     )
     command.set_defaults(run=segment)
-    command.add_argument("inputs", nargs="+", type=_input, metavar="INPUT", help="file or folder")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for the results")
+    command.add_argument("inputs", nargs="+", type=_path, metavar="INPUT", help="file or folder")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="OUT", help="folder for the results")
     command.add_argument("--weights", default="scoat-w16", help="shipped weights or a file (default: %(default)s)")
     command.add_argument("--threshold", type=float, metavar="P", help="of the probability (default: the weights' own)")
     command.add_argument("--min-mm3", type=float, default=0.0, metavar="V", help="leave out regions smaller than this")
-    command.add_argument("--lung", type=Path, metavar="MASK", help="lung mask, or a folder of CASE.nii.gz (CASE.png)")
+    command.add_argument("--lung", type=_path, metavar="MASK", help="lung mask, or a folder of CASE.nii.gz (CASE.png)")
     command.add_argument("--save-probabilities", action="store_true", help="also CASE_probability.nii.gz (.png, 8 bit)")
     command.add_argument("--save-attention", action="store_true", help="also the six CASE_attention_xIJ.nii.gz (.png)")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
@@ -187,11 +187,11 @@ def _add_prepare(commands) -> None:
         epilog=EXIT_CODES,
     )
     command.set_defaults(run=prepare)
-    command.add_argument("images", nargs="+", type=_input, metavar="IMAGES", help="volumes, or folders of them")
-    command.add_argument("--masks", type=Path, required=True, help="folder with VOLUME.nii.gz for each volume")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="DATA", help="folder to make")
-    command.add_argument("--lungs", type=Path, help="folder with lung masks, named in the same way")
-    command.add_argument("--patients", type=Path, metavar="CSV", help="columns volume, patient (default: one of each)")
+    command.add_argument("images", nargs="+", type=_path, metavar="IMAGES", help="volumes, or folders of them")
+    command.add_argument("--masks", type=_path, required=True, help="folder with VOLUME.nii.gz for each volume")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="DATA", help="folder to make")
+    command.add_argument("--lungs", type=_path, help="folder with lung masks, named in the same way")
+    command.add_argument("--patients", type=_path, metavar="CSV", help="columns volume, patient (default: one of each)")
     command.add_argument(
         "--window", type=float, nargs=2, default=(-1250.0, 250.0), metavar=("LOW", "HIGH"), help="in HU"
     )
@@ -208,12 +208,12 @@ def _add_validate(commands) -> None:
         description="Segments slices as the segment command does, and compares them with their masks.",
     )
     command.set_defaults(run=validate)
-    command.add_argument("data", type=Path, metavar="DATA", help="folder with index.csv")
+    command.add_argument("data", type=_path, metavar="DATA", help="folder with index.csv")
     command.add_argument("--weights", default="scoat-w16", help="shipped weights or a file (default: %(default)s)")
     command.add_argument("--patients", type=_names, required=True, metavar="P,...", help="patients to score")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    command.add_argument("--overlays", type=Path, metavar="DIR", help="also a contact sheet of each patient")
+    command.add_argument("--json", type=_path, metavar="FILE", help="also write the numbers here")
+    command.add_argument("--overlays", type=_path, metavar="DIR", help="also a contact sheet of each patient")
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -227,7 +227,7 @@ def _add_doctor(commands) -> None:
     )
     command.set_defaults(run=doctor)
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write what was found here")
+    command.add_argument("--json", type=_path, metavar="FILE", help="also write what was found here")
     command.add_argument("--quiet", action="store_true", help="print only what is switched off")
 
 
@@ -277,7 +277,7 @@ def _add_bench(commands) -> None:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     command.add_argument("--seconds", type=float, default=0.5, metavar="S", help="for each row (default: %(default)s)")
     command.add_argument("--commit", default="", help="what is measured, where there is no git")
-    command.add_argument("-o", "--output", type=_input, metavar="FILE", help="also write the numbers here, as JSON")
+    command.add_argument("-o", "--output", type=_path, metavar="FILE", help="also write the numbers here, as JSON")
     command = benches.add_parser(
         "model",
         help="time the whole network",
@@ -301,8 +301,8 @@ def _add_bench(commands) -> None:
         "Needs matplotlib: pip install 'scoat-fast[bench]'.",
     )
     command.set_defaults(run=bench_chart)
-    command.add_argument("results", type=_input, metavar="RESULTS.json")
-    command.add_argument("-o", "--output", type=_input, required=True, metavar="FILE.png")
+    command.add_argument("results", type=_path, metavar="RESULTS.json")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="FILE.png")
 
 
 def _add_train(commands) -> None:
@@ -313,8 +313,8 @@ def _add_train(commands) -> None:
         "when the same command is given again.",
     )
     command.set_defaults(run=train)
-    command.add_argument("data", type=Path, metavar="DATA", help="folder with index.csv")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="folder of this run")
+    command.add_argument("data", type=_path, metavar="DATA", help="folder with index.csv")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="RUN", help="folder of this run")
     command.add_argument("--recipe", choices=("default", "paper"), default="default", help="default: %(default)s")
     command.add_argument("--epochs", type=_positive, help="of each stage of the recipe (default: 40, paper: 50)")
     command.add_argument("--batch-size", type=_positive, default=8, help="slices a step, over all devices (default: 8)")
@@ -334,7 +334,7 @@ def _add_train(commands) -> None:
     command.add_argument("--init", default="", metavar="WEIGHTS", help="start from these weights, by name or path")
     command.add_argument("--name", default="", help="of the weights, in their file (default: width and data)")
     command.add_argument("--licence", default="", help="of the weights, in their file")
-    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     command.add_argument("--devices", type=_positive, default=1, help="how many, each a process (default: %(default)s)")
     command.add_argument(
@@ -374,9 +374,15 @@ def _size(text: str) -> int:
     return int(text)
 
 
-def _input(text: str) -> Path:
+def _seed(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"a number within 0 to {2**32 - 1} is wanted, got {text!r}")
+    return int(text)
+
+
+def _path(text: str) -> Path:
     if not text:  # an unset variable of a script; Path would take it for the current folder
-        raise argparse.ArgumentTypeError("an input without a name")
+        raise argparse.ArgumentTypeError("a path is wanted, got ''")
     return Path(text)
 
 

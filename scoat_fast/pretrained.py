@@ -18,6 +18,7 @@ from .imaging.window import LUNG
 from .model import SCOATNet
 
 FORMAT = "scoat_fast 1"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,21 @@ def load(name_or_path: str | Path) -> SCOATNet:
         path = Path(name_or_path)
         try:
             path.open("rb").close()
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have that name
             known = ", ".join(shipped())
             raise WeightsError(path, f"neither a weights file nor one of the shipped weights {known}") from error
         except OSError as error:
             raise WeightsError(path, f"cannot be read: {error.strerror}") from error
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    _check_values(path, state)
+    _check_kinds(path, state)
     network, facts = _facts(path, state, metadata)
+    state = {key: value.detach().to(_kept(key), copy=True).contiguous() for key, value in state.items()}
+    _check_values(path, state)
     try:
-        net = SCOATNet(**network)
-        net.load_state_dict(
-            {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        )
+        with torch.device("meta"):  # no memory before names and shapes are known to fit, and no random numbers
+            net = SCOATNet(**network)
+        net.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError, TypeError) as error:
         raise WeightsError(path, f"these are not the weights of a SCOATNet: {str(error)[:300]}") from error
     net.pretrained = facts
@@ -117,15 +119,24 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _kept(key: str) -> torch.dtype:
+    """The type of a network's own tensor of that name."""
+    return torch.int64 if key.endswith("num_batches_tracked") else torch.float32
+
+
+def _check_kinds(path: Path, state: dict[str, Tensor]) -> None:
+    for key, value in state.items():
+        wanted = (torch.int64,) if _kept(key) == torch.int64 else FLOATS
+        if value.layout != torch.strided or value.dtype not in wanted:
+            raise WeightsError(path, f"{key} is a tensor of kind {value.dtype}, {value.layout}")
+        if value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
+            raise WeightsError(path, f"{key} does not hold all of its values")
+
+
 def _check_values(path: Path, state: dict[str, Tensor]) -> None:
     for key, value in state.items():
-        wanted = torch.int64 if key.endswith("num_batches_tracked") else None
-        if value.layout != torch.strided or not (
-            value.dtype == wanted or (wanted is None and value.is_floating_point())
-        ):
-            raise WeightsError(path, f"{key} is a tensor of kind {value.dtype}, {value.layout}")
         if not value.isfinite().all():
-            raise WeightsError(path, f"{key} holds NaN or infinite values")
+            raise WeightsError(path, f"{key} holds NaN or values that are infinite in float32")
         if key.endswith("running_var") and (value < 0).any():
             raise WeightsError(path, f"{key} holds a negative variance")
 

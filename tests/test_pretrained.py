@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,6 +153,14 @@ def integers(weights, path):
     resave(weights, path, lambda state: state | {"final.weight": torch.zeros(1, 3, 3, 3, dtype=torch.int8)})
 
 
+def float8(weights, path):
+    resave(weights, path, lambda state: state | {"final.bias": torch.zeros(1).to(torch.float8_e4m3fn)})
+
+
+def infinite_as_float32(weights, path):
+    resave(weights, path, lambda state: state | {"final.bias": torch.tensor([1e300], dtype=torch.float64)})
+
+
 def deep_json(weights, path):
     resave(weights, path, window="[" * 100_000)
 
@@ -195,7 +205,7 @@ def newer_format(weights, path):
     "damage",
     [
         truncated, flipped_header, huge_header, empty, with_nan, with_infinity, negative_variance, wrong_shape,
-        complex_tensor, integers, deep_json,
+        complex_tensor, integers, float8, infinite_as_float32, deep_json,
         missing_tensor, unknown_tensor, not_a_scoatnet, other_width_said, odd_window, odd_size, odd_threshold, odd_json,
         newer_format,
     ],
@@ -214,6 +224,58 @@ def test_damaged_pickles_are_refused(tmp_path, content):
     (tmp_path / "bad.pth").write_bytes(content)
     with pytest.raises(WeightsError, match=r"bad\.pth: refused"):
         SCOATNet.from_pretrained(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda value: value.to("meta"), lambda value: torch.zeros(1).expand(value.shape)],
+    ids=["meta", "one value for all"],
+)
+def test_tensors_without_all_of_their_values_are_refused(net, tmp_path, change):
+    state = net.state_dict()
+    torch.save(state | {"final.weight": change(state["final.weight"])}, tmp_path / "bad.pt")
+    with pytest.raises(WeightsError, match=r"bad\.pt: final\.weight does not hold all of its values"):
+        SCOATNet.from_pretrained(tmp_path / "bad.pt")
+
+
+def test_a_name_that_no_file_can_have_is_refused():
+    with pytest.raises(WeightsError, match="neither a weights file nor one of the shipped weights"):
+        SCOATNet.from_pretrained("scoat\0w16")
+
+
+def test_a_small_file_cannot_make_a_large_network(tmp_path):
+    """Its first and last convolution are those of 2.6 GiB of weights."""
+    save_file(
+        {"conv0_0.conv1.weight": torch.zeros(256, 1, 3, 3), "final.weight": torch.zeros(1, 256, 3, 3)},
+        tmp_path / "bad.safetensors",
+    )
+    code = """
+import resource, sys
+from scoat_fast import SCOATNet, WeightsError
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kiB
+before = peak()
+try:
+    SCOATNet.from_pretrained(sys.argv[1])
+except WeightsError as error:
+    print(error)
+sys.exit(peak() - before > 300_000)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "bad.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "bad.safetensors: these are not the weights of a SCOATNet" in result.stdout
+
+
+def test_loading_draws_no_random_numbers_and_copies_what_it_read(net, weights, tmp_path):
+    before = torch.get_rng_state()
+    other = SCOATNet.from_pretrained(weights)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(p.requires_grad and p.is_leaf and p.is_contiguous() for p in other.parameters())
+    shared = torch.zeros(3)
+    state = net.state_dict()
+    torch.save(state | {f"conv0_0.bn{k}.bias": shared for k in (1, 2)}, tmp_path / "shared.pt")
+    other = SCOATNet.from_pretrained(tmp_path / "shared.pt")
+    assert other.conv0_0.bn1.bias.data_ptr() != other.conv0_0.bn2.bias.data_ptr()
 
 
 def test_a_pickle_of_something_else_is_refused(tmp_path):

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -189,6 +191,25 @@ def test_dice_of_a_batch_in_parts_is_that_of_the_whole():
     )
 
 
+def test_gradients_of_a_batch_in_parts_are_those_of_the_whole():
+    """As each process sees it: its own part, the sums of both, and the mean of the gradients in the end."""
+    from scoat_fast.train.trainer import Trainer
+
+    logits, target = torch.randn(4, 1, 8, 8, requires_grad=True), (torch.rand(4, 1, 8, 8) > 0.5).float()
+    whole = dice_loss(logits, target)
+    wanted = torch.autograd.grad(whole, logits)[0]
+    sums = []
+    for part in (slice(0, 2), slice(2, 4)):
+        dice_loss(logits[part], target[part], lambda s: sums.append(s.detach()) or s)
+    fabric = SimpleNamespace(world_size=2, all_reduce=lambda own, reduce_op: sum(sums))
+    losses = [
+        dice_loss(logits[part], target[part], partial(Trainer._sum_over_processes, SimpleNamespace(fabric=fabric)))
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(losses[0], whole)
+    torch.testing.assert_close(torch.autograd.grad(sum(losses) / 2, logits)[0], wanted)
+
+
 def test_schedules():
     paper = paper_recipe().stages
     assert [stage.rate(0, 10) for stage in paper] == [1e-2, 1e-3]
@@ -311,6 +332,41 @@ def test_a_run_does_not_go_on_with_other_data(data, tmp_path, capsys):
     assert "changed since" in capsys.readouterr().err
 
 
+def test_a_run_does_not_go_on_with_other_pictures(data, tmp_path, capsys):
+    copied = tmp_path / "data"
+    shutil.copytree(data, copied)
+    assert train(copied, tmp_path / "run", "--epochs", 1) == EXIT_OK
+    for picture, mode in (("images/s2.png", "L"), ("masks/s2.png", "1")):  # s2 is held out, and s6 trained on
+        for name in (picture, picture.replace("s2", "s6")):
+            before = (copied / name).read_bytes()
+            Image.new(mode, (36, 40)).save(copied / name)
+            capsys.readouterr()
+            assert train(copied, tmp_path / "run", "--epochs", 1) == EXIT_USAGE
+            assert "changed since" in capsys.readouterr().err
+            (copied / name).write_bytes(before)
+    assert train(copied, tmp_path / "run", "--epochs", 1) == EXIT_OK
+
+
+def test_a_run_goes_on_however_its_paths_are_spelled(data, weights, tmp_path, monkeypatch):
+    assert train(data, tmp_path / "run", "--epochs", 1, "--init", weights) == EXIT_OK
+    monkeypatch.chdir(data.parent)
+    relative = os.path.relpath(weights, data.parent)
+    assert train(data.name, tmp_path / "run", "--epochs", 1, "--init", relative) == EXIT_OK
+
+
+def test_scores_are_those_of_the_file_that_was_written(data, tmp_path, monkeypatch):
+    scored = []
+
+    def recorded(segmenter, *more):
+        scored.append(segmenter.net.state_dict())
+        return evaluate(segmenter, *more)
+
+    monkeypatch.setattr("scoat_fast.train.evaluate.evaluate", recorded)
+    assert train(data, tmp_path / "run", "--epochs", 1) == EXIT_OK
+    written = SCOATNet.from_pretrained(tmp_path / "run" / "weights.safetensors").state_dict()
+    assert all(torch.equal(scored[0][key], written[key]) for key in written)
+
+
 def test_the_log_is_whole_when_a_run_was_killed_before_its_last_row(data, tmp_path):
     assert train(data, tmp_path / "run") == EXIT_OK
     log = tmp_path / "run" / "metrics.csv"
@@ -321,13 +377,44 @@ def test_the_log_is_whole_when_a_run_was_killed_before_its_last_row(data, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "option", ["--epochs 0", "--epochs -1", "--batch-size 0", "--size 5", "--size 0", "--validate ,", "--fold 3/2"]
-)
-def test_options_out_of_range_are_refused(data, tmp_path, option):
+    "option",
+    ["--epochs 0", "--epochs -1", "--batch-size 0", "--size 5", "--size 0", "--validate ,", "--fold 3/2", "--seed -1",
+     "--seed 4294967296", "--seed x"],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(data, tmp_path, capsys, option):
     with pytest.raises(SystemExit) as stop:
         main(["train", str(data), "-o", str(tmp_path / "run"), *option.split()])
     assert stop.value.code == EXIT_USAGE
+    assert f"argument {option.split()[0]}: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--batch-size 1 --size 16", "--size 16 wants two slices a step on each device, got --batch-size 1"),
+        ("--batch-size 2 --size 16 --devices 2", "--size 16 wants two slices a step on each device"),
+        ("--batch-size 3 --devices 2", "--batch-size must be a multiple of --devices 2, got 3"),
+    ],
+)
+def test_batches_that_devices_cannot_train_on_are_refused(data, tmp_path, capsys, options, reason):
+    assert train(data, tmp_path / "run", *options.split()) == EXIT_USAGE
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_smallest_batches_and_slices_are_trained_on(data, tmp_path):
+    assert train(data, tmp_path / "small", "--epochs", 1, "--size", 16, "--batch-size", 2) == EXIT_OK
+    assert train(data, tmp_path / "single", "--epochs", 1, "--size", 17, "--batch-size", 1) == EXIT_OK
+
+
+def test_an_output_without_a_name_is_refused(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in ("segment in", "prepare in --masks masks", f"train {data}"):
+        with pytest.raises(SystemExit) as stop:
+            main([*command.split(), "-o", ""])
+        assert stop.value.code == EXIT_USAGE
+        assert "argument -o/--output: a path is wanted, got ''" in capsys.readouterr().err
 
 
 def test_init_starts_from_other_weights(data, tmp_path):
@@ -368,6 +455,7 @@ def test_two_processes_train_as_one(data, tmp_path):
     command = [sys.executable, "-m", "scoat_fast.cli", "train", str(data), "-o", str(tmp_path / "two"), *TINY]
     result = subprocess.run([*command, "--epochs", "1", "--devices", "2"], capture_output=True, text=True, timeout=300)
     assert result.returncode == EXIT_OK, result.stderr
+    assert result.stderr == ""  # it is quiet, the libraries' warnings with it
     assert train(data, tmp_path / "one", "--epochs", 1) == EXIT_OK
     one, two = (float(next(csv.DictReader((tmp_path / n / "metrics.csv").open()))["loss"]) for n in ("one", "two"))
     assert two == pytest.approx(one, rel=0.1)

@@ -14,6 +14,8 @@ import torch
 from ..errors import ScoatFastError
 from ..imaging.files import make_folder, write_text
 
+SMALLEST = 16  # the side of slices that are one pixel on the network's lowest level
+
 
 def train(args: argparse.Namespace) -> int:
     """Trains as the command line says."""
@@ -27,6 +29,7 @@ def train(args: argparse.Namespace) -> int:
     from .config import RECIPES, Config
     from .data import fold_patients, read_index
 
+    _check_batch(args)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     recipe = RECIPES[args.recipe](**({} if args.epochs is None else {"epochs": args.epochs}))
     patients = args.validate
@@ -50,9 +53,10 @@ def train(args: argparse.Namespace) -> int:
     )
     fabric = Fabric(accelerator=device, devices=args.devices, precision=config.precision)
     fabric.launch()
-    net = Trainer(config, args.output, fabric, args.name, args.licence, args.quiet).fit()
+    Trainer(config, args.output, fabric, args.name, args.licence, args.quiet).fit()
     if patients and fabric.is_global_zero:
-        _validate(Segmenter(net, device), args.data, patients, args.output / "validation.json", args.quiet)
+        written = Segmenter(args.output / "weights.safetensors", device)
+        _validate(written, args.data, patients, args.output / "validation.json", args.quiet)
     return 0
 
 
@@ -75,6 +79,16 @@ def _validate(
     print(table(metrics))
     if path is not None:
         write_text(path, json.dumps(metrics, indent=2) + "\n")
+
+
+def _check_batch(args: argparse.Namespace) -> None:
+    """Refuses batches that cannot be spread over the devices, or normalised on each."""
+    if args.batch_size % args.devices:  # their gradients are averaged as equals
+        raise ScoatFastError(f"--batch-size must be a multiple of --devices {args.devices}, got {args.batch_size}")
+    if args.size == SMALLEST and args.batch_size == args.devices:  # a single pixel a channel on the lowest level
+        raise ScoatFastError(
+            f"--size {SMALLEST} wants two slices a step on each device, got --batch-size {args.batch_size}"
+        )
 
 
 def _precision(device: str) -> str:

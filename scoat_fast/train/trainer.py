@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from ..model import SCOATNet
 from ..pretrained import Pretrained, load, save
 from .augment import augment
 from .config import Config, Stage
+from .data import Slice, read_index, split
 from .data import load as load_slices
-from .data import read_index, split
 from .losses import hybrid_loss
 
 CHECKPOINT = "checkpoint.pt"
@@ -54,11 +55,12 @@ class Trainer:
     ``name`` and ``licence`` go into the weights; the name is that of the width and the data where none is given.
 
     The folder receives ``config.json``, ``checkpoint.pt``, ``metrics.csv``, TensorBoard events, and in the end
-    ``weights.safetensors``. If it holds a checkpoint of the same config, the run goes on from there.
+    ``weights.safetensors``. If it holds a checkpoint of the same config and data, the run goes on from there,
+    wherever the data lies by now.
 
     Raises:
         BadInputError: for data or a checkpoint that cannot be used.
-        ScoatFastError: if the folder belongs to a run with another config, or a loss is not finite.
+        ScoatFastError: if the folder belongs to a run with another config or other data, or a loss is not finite.
     """
 
     def __init__(
@@ -74,12 +76,12 @@ class Trainer:
         self.facts = Pretrained(name, config.window, config.size, licence=licence)
         self.config, self.folder, self.fabric, self.quiet = config, Path(folder), fabric, quiet
         self.window, recipe = Window(*config.window), config.recipe
-        self.inputs = _digests(config)
         train, self.validation = split(read_index(config.data), config.validate, config.exclude)
         if len(train) < recipe.batch_size:
             raise BadInputError(
                 config.data, f"{len(train)} slices to train on, fewer than one batch of {recipe.batch_size}"
             )
+        self.inputs = _digests(config, [*train, *self.validation])
         quiet = quiet or fabric.global_rank > 0
         self.images, self.masks = (t.to(fabric.device) for t in load_slices(train, config.size, self.window, quiet))
         self.held_out = load_slices(self.validation, config.size, self.window, quiet) if self.validation else None
@@ -240,9 +242,10 @@ class Trainer:
             raise BadInputError(path, f"not a readable checkpoint: {error}") from error
         if inputs != self.inputs:
             raise ScoatFastError(
-                f"{self.config.data} or the weights to start from changed since {self.folder} was begun"
+                f"the index, images or masks of {self.config.data} or the weights to start from changed since "
+                f"{self.folder} was begun"
             )
-        if _plain(config) != _plain(self.config.describe()):
+        if _comparable(config, inputs) != _comparable(self.config.describe(), inputs):
             raise ScoatFastError(
                 f"{self.folder} holds a run with another config; choose another folder, or the same options"
             )
@@ -278,22 +281,37 @@ class Trainer:
         return torch.Generator().manual_seed(number * GOLDEN_RATIO % 2**63)
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
-        return self.fabric.all_gather(sums, sync_grads=True).sum(0) if self.fabric.world_size > 1 else sums
+        """The sums of all processes, of which this one's part carries the gradient."""
+        processes = self.fabric.world_size
+        if processes == 1:
+            return sums
+        total = self.fabric.all_reduce(sums.detach().clone(), reduce_op="sum")
+        # a value of nothing; its gradient counts once for each process, since theirs are averaged afterwards
+        return total + processes * (sums - sums.detach())
 
     def _last_dice(self) -> str:
         dice = self.progress.history[-1]["dice"] if self.progress.history else ""
         return "-" if dice == "" else f"{dice:.4f}"
 
 
-def _digests(config: Config) -> dict[str, str]:
+def _digests(config: Config, slices: Sequence[Slice]) -> dict[str, str]:
     """What a run reads, as digests: with other data it would not be the same run. Raises BadInputError."""
-    files = {"index": Path(config.data) / "index.csv"}
+    pictures = [path for slice in slices for path in (slice.image, slice.mask)]
+    digests = {"data": _digest([Path(config.data) / "index.csv", *pictures])}
     if Path(config.init).is_file():
-        files["init"] = Path(config.init)
-    try:
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    except OSError as error:
-        raise BadInputError(config.data, f"cannot be read: {error.strerror}") from error
+        digests["init"] = _digest([Path(config.init)])
+    return digests
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """One digest of the contents of several files, in their order. Raises BadInputError."""
+    whole = hashlib.sha256()
+    for path in paths:
+        try:
+            whole.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise BadInputError(path, f"cannot be read: {error.strerror}") from error
+    return whole.hexdigest()
 
 
 def _initialise(net: SCOATNet, source: str) -> None:
@@ -321,5 +339,6 @@ def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().cpu().clone() for key, value in state.items()}
 
 
-def _plain(config: dict) -> dict:
-    return json.loads(json.dumps(config))
+def _comparable(config: dict, inputs: dict[str, str]) -> dict:
+    """A config as plain data, without the spelling of the paths whose contents ``inputs`` tells."""
+    return {key: value for key, value in json.loads(json.dumps(config)).items() if key not in inputs}
