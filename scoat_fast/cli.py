@@ -293,7 +293,7 @@ def _add_bench(commands) -> None:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     command.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each row (default: %(default)s)")
     command.add_argument("--commit", default="", help="what is measured, where there is no git")
-    command.add_argument("-o", "--output", type=_input, metavar="FILE", help="also write the numbers here, as JSON")
+    command.add_argument("-o", "--output", type=_path, metavar="FILE", help="also write the numbers here, as JSON")
     command = benches.add_parser(
         "chart",
         help="draw the results of bench ops",
