@@ -21,7 +21,7 @@ from ..model import ATTENTION_NODES, SCOATNet
 from .statistics import check_min_mm3, measure, remove_small
 
 DEFAULT_WEIGHTS = "scoat-w16"
-CPU_BATCH = 4  # more slices at once are not faster on a CPU
+CPU_BATCH = 1  # more slices at once are slower on a CPU: their features leave its caches
 LARGEST_BATCH = 32
 LIVE_CHANNELS = 40  # float32 maps of width channels at full resolution that a forward pass keeps at its peak, about
 
