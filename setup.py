@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,11 +52,7 @@ def find_compiler() -> str:
         raise Refused("SCOAT_FAST_EXTENSION=0 when it was built")
     if platform.system() not in ("Linux", "Darwin"):
         raise Refused(f"the extension is built on Linux and macOS, not on {platform.system()}")
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]:
-        found = shutil.which(name)
-        if found:
-            return found
-    raise Refused("no C++ compiler was found when it was built")
+    return first_of("CXX", ["g++", "c++", "clang++"], "C++ compiler")
 
 
 def find_nvcc() -> str:
@@ -63,20 +60,36 @@ def find_nvcc() -> str:
     if wanted("SCOAT_FAST_CUDA") == "0":
         raise Refused("SCOAT_FAST_CUDA=0 when it was built")
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + ["/usr/local/cuda"]
-    for name in [os.environ.get("NVCC"), "nvcc", *(f"{home}/bin/nvcc" for home in homes)]:
-        found = shutil.which(name) if name else None
+    return first_of("NVCC", ["nvcc", *(f"{home}/bin/nvcc" for home in homes)], "nvcc")
+
+
+def first_of(variable: str, names: list[str], what: str) -> str:
+    """The tool that an environment variable names, else the first that is there; raises Refused."""
+    named = os.environ.get(variable)
+    for name in [named] if named else names:
+        found = shutil.which(name)
         if found:
             return found
-    raise Refused("no nvcc was found when it was built")
+    if named:
+        raise SystemExit(f"{variable}={named} is not there")
+    raise Refused(f"no {what} was found when it was built")
 
 
-def compiles(compiler: str, flags: list[str]) -> bool:
+def compiles(compiler: str, flags: list[str], suffix: str = ".cpp") -> bool:
     """Whether a small program compiles and links with these flags."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
+        source = Path(folder, "probe").with_suffix(suffix)
         source.write_text("#include <vector>\nint main() { return std::vector<int>(1).at(0); }\n")
         command = [compiler, *flags, str(source), "-o", str(Path(folder, "probe"))]
         return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def nvcc_flags(compiler: str) -> list[str]:
+    newest = CUDA_ARCHITECTURES[-1]
+    targets = [(cc, f"sm_{cc}") for cc in CUDA_ARCHITECTURES] + [(newest, f"compute_{newest}")]
+    return ["-std=c++17", "-O3", "-ccbin", compiler, "-Xcompiler=-fPIC,-fvisibility=hidden"] + [
+        f"-gencode=arch=compute_{cc},code={code}" for cc, code in targets
+    ]
 
 
 def plan() -> tuple[dict, str | None, str | None]:
@@ -86,6 +99,8 @@ def plan() -> tuple[dict, str | None, str | None]:
         compiler = find_compiler()
         if not compiles(compiler, CXX_FLAGS):
             raise Refused(f"{compiler} could not compile a small C++17 program when it was built")
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            raise Refused("Python's headers (python3-dev) were not found when it was built")
     except Refused as reason:
         if wanted("SCOAT_FAST_EXTENSION") == "1":
             raise SystemExit(f"SCOAT_FAST_EXTENSION=1, but {reason}") from None
@@ -95,6 +110,8 @@ def plan() -> tuple[dict, str | None, str | None]:
     report["openmp"] = compiles(compiler, [*CXX_FLAGS, "-fopenmp"])
     try:
         nvcc = find_nvcc()
+        if not compiles(nvcc, nvcc_flags(compiler), ".cu"):  # too old for the targets, or for the C++ compiler
+            raise Refused(f"{nvcc} could not compile a small program for {CUDA_ARCHITECTURES} when it was built")
     except Refused as reason:
         if wanted("SCOAT_FAST_CUDA") == "1":
             raise SystemExit(f"SCOAT_FAST_CUDA=1, but {reason}") from None
@@ -113,8 +130,8 @@ def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, open
     flags += ["-fopenmp"] if openmp else ["-fopenmp-simd"]
     flags += ["-DSCOAT_X86"] * x86 + ["-DSCOAT_CUDA"] * bool(nvcc)
     lines = [
-        f"cxx = {escape(compiler)}",
-        f"flags = {' '.join(map(escape, flags))}",
+        f"cxx = {argument(compiler)}",
+        f"flags = {' '.join(map(argument, flags))}",
         "rule cxx",
         "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
         "  depfile = $out.d",
@@ -135,12 +152,10 @@ def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, open
     if platform.system() == "Darwin":
         link += ["-undefined", "dynamic_lookup"]
     if nvcc:
-        targets = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in CUDA_ARCHITECTURES]
-        targets.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
-        options = ["-std=c++17", "-O3", "-ccbin", escape(compiler), "-Xcompiler=-fPIC,-fvisibility=hidden", *targets]
+        options = map(argument, nvcc_flags(compiler))
         lines += [
             "rule nvcc",
-            f"  command = {escape(nvcc)} -MD -MF $out.d {' '.join(options)} -I{escape(SOURCES)} -c $in -o $out",
+            f"  command = {argument(nvcc)} -MD -MF $out.d {' '.join(options)} -I{argument(SOURCES)} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
@@ -149,14 +164,20 @@ def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, open
         homes = [home, Path("/usr/local/cuda"), *(Path(os.environ[n]) for n in ("CUDA_HOME",) if n in os.environ)]
         folders = [h / lib for h in homes for lib in ("lib64", "lib", "targets/x86_64-linux/lib") if (h / lib).is_dir()]
         # static, so that no CUDA library must be found at run time and the driver alone decides what runs
-        link += [f"-L{escape(path)}" for path in folders] + ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        link += [f"-L{argument(path)}" for path in folders] + ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     lines += ["rule link", f"  command = $cxx $in {' '.join(link)} -o $out"]
     lines.append(f"build {escape(target)}: link {' '.join(objects)}")
     lines.append(f"default {escape(target)}")
     return "\n".join(lines) + "\n"
 
 
+def argument(text: object) -> str:
+    """For a command."""
+    return shlex.quote(str(text)).replace("$", "$$")
+
+
 def escape(path: object) -> str:
+    """For the names of what is built."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -16,13 +17,19 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 def why_not(main: Tensor, others: Iterable[Tensor | None] = ()) -> str | None:
     """Why the kernels cannot run on these tensors, which are read in the layout of ``main``."""
     if main.is_cuda:
-        if not hasattr(_C, "cuda"):
-            return "was not built: no nvcc (see scoat-fast doctor)"
-        with torch.cuda.device(main.device):
-            reason = _C.cuda.why_not()
-        if reason:
+        reason = _why_no_cuda(main.device.index)
+        if reason is not None:
             return reason
     return why_no_kernel([main, *(x for x in others if x is not None)], is_channels_last(main))
+
+
+@functools.cache
+def _why_no_cuda(device: int) -> str | None:
+    """Why the CUDA kernels of this build run on no tensor of a device: not built, no code for it, an old driver."""
+    if not hasattr(_C, "cuda"):
+        return "was built without nvcc (see scoat-fast doctor)"
+    with torch.cuda.device(device):
+        return _C.cuda.why_not() or None
 
 
 class Sums:

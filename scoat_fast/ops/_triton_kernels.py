@@ -12,9 +12,13 @@ always in the same order: there are no atomics.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 import triton
@@ -551,10 +555,19 @@ def why_not(main: Tensor, others: Iterable[Tensor | None]) -> str | None:
         return f"needs CUDA tensors, got {main.device.type}"
     if main.is_cuda and _capability(main.device) < (8, 0):
         return f"needs compute capability 8.0, got {'.'.join(map(str, _capability(main.device)))}"
+    if main.is_cuda and not _can_build_launchers():
+        return "needs a C compiler and Python's headers: Triton builds the launchers of its kernels with them"
     return why_no_kernel([x for x in tensors if x.ndim == 4], is_channels_last(main))
 
 
 _capability = cache(torch.cuda.get_device_capability)
+
+
+@cache
+def _can_build_launchers() -> bool:
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return headers.is_file() and any(shutil.which(name) for name in compilers if name)
 
 
 def _arguments(tensors: dict[str, Tensor | None], **sizes: int) -> dict:
