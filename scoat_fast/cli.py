@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     from .errors import ScoatFastError
 
+    _open_closed_streams()
     args = _parser().parse_args(argv)
     in_charge = threading.current_thread() is threading.main_thread()  # others cannot take signals
     before = signal.signal(signal.SIGTERM, _interrupt) if in_charge else None
@@ -29,14 +31,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         _flush()
         return code
     except (ScoatFastError, ValueError) as error:
-        print(f"scoat-fast: {error}", file=sys.stderr)
+        _complain(error)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("scoat-fast: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return EXIT_INTERRUPTED
     finally:
         if in_charge:
             signal.signal(signal.SIGTERM, before)
+
+
+def _open_closed_streams() -> None:
+    """Output that was closed before the program began leads nowhere; no file of ours must get its place."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
+def _complain(reason: Exception | str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be there to read it; the exit code says it, too
+        print(f"scoat-fast: {reason}", file=sys.stderr, flush=True)
 
 
 def _flush() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 
@@ -9,12 +10,17 @@ class ScoatFastError(Exception):
     """The base of this package's own errors; the command line prints them as one line."""
 
 
+def one_line(name: str | Path) -> str:
+    """The name of a file without what would break or blank a line: control characters are escaped."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], str(name))
+
+
 class BadInputError(ScoatFastError, ValueError):
     """A file or folder that cannot be used: ``path`` names it, ``reason`` says what was wanted and what came."""
 
     def __init__(self, path: str | Path, reason: str):
         # one line, whatever a file was named and a library had to say
-        self.path, self.reason = "\\n".join(str(path).splitlines()), " ".join(reason.split())
+        self.path, self.reason = one_line(path), " ".join(reason.split())
         super().__init__(f"{self.path}: {self.reason}")
 
 
@@ -26,5 +32,5 @@ class OutputError(ScoatFastError, OSError):
     """A result that could not be written."""
 
     def __init__(self, path: str | Path, reason: str):
-        self.path, self.reason = str(path), f"cannot be written: {reason}"
+        self.path, self.reason = one_line(path), f"cannot be written: {reason}"
         super().__init__(f"{self.path}: {self.reason}")

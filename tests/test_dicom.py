@@ -181,7 +181,7 @@ def test_other_files_beside_slices_are_no_slices(slices, tmp_path):
     folder = write_series(tmp_path / "s", slices)
     for name, data in (
         ("README", b"about this"), ("notes", b"text"), ("DICOMDIR", b"\0" * 200), (".DS_Store", b"\0\1"),
-        ("Thumbs.db", b"\0\1"), ("a.txt", b"\0"),
+        ("Thumbs.db", b"\0\1"), ("a.txt", b"\0"), ("dicomdir", b"\0" * 128 + b"DICM"),
     ):  # fmt: skip
         (folder / name).write_bytes(data)
     assert read_series(folder).voxels.shape[2] == len(slices)
@@ -209,3 +209,43 @@ def test_stored_values_without_an_intercept_are_not_taken_for_hu(phantom, weight
 
     folder = write_series(tmp_path / "s", phantom.transpose(2, 1, 0).astype(float), change=forget)
     assert main(["segment", str(folder), "-o", str(tmp_path / "out"), "--weights", str(weights)]) == EXIT_FAILED_CASES
+
+
+@pytest.mark.parametrize("suffix", [".dicom", ".dcm", ".0001"])
+def test_a_damaged_slice_of_any_suffix_is_not_passed_over(slices, tmp_path, suffix):
+    files = [path.rename(f"{path}{suffix}") for path in sorted(write_series(tmp_path / "s", slices).iterdir())]
+    assert read_series(tmp_path / "s").voxels.shape[2] == len(slices)
+    files[0].write_bytes(bytes(1000))
+    with pytest.raises(BadInputError, match=rf"{files[0].name}: .*damaged"):
+        read_series(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"\x28\0\x10\0US", b"\x28\0\x10\0XX"),  # Rows
+        (b"\x28\0\x10\0US", b"\x28\0\x10\0LO"),
+        (b"\x28\0\x30\0DS", b"\x28\0\x30\0\x80\1"),  # PixelSpacing
+        (b"\x28\0\x08\0IS", b"\x28\0\x08\0SH"),  # NumberOfFrames
+        (b"\x08\0\x16\0UI", b"\x08\0\x16\0SQ"),  # SOPClassUID
+    ],
+)
+def test_damaged_values_are_an_error_of_their_file(slices, tmp_path, before, after):
+    def change(k, slice):
+        slice.NumberOfFrames = "1"
+
+    path = sorted(write_series(tmp_path / "s", slices, change=change).iterdir())[0]
+    data = path.read_bytes()
+    assert before in data
+    path.write_bytes(data.replace(before, after).replace(b"\x28\0\x08\0SH\x02\x001 ", b"\x28\0\x08\0SH\x02\0ab"))
+    with pytest.raises(BadInputError, match=path.name):
+        read_series(tmp_path / "s")
+
+
+def test_slices_of_which_some_lack_their_intercept_are_refused(slices, tmp_path):
+    def forget(k, slice):
+        if k == 2:
+            del slice.RescaleIntercept
+
+    with pytest.raises(BadInputError, match="some slices have a RescaleIntercept and some none"):
+        read_series(write_series(tmp_path / "s", slices, change=forget))

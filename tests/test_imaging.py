@@ -376,12 +376,17 @@ def test_padding_around_the_scan_does_not_pass_for_air(phantom, padding):
     y, x = np.mgrid[-1 : 1 : slices.shape[1] * 1j, -1 : 1 : slices.shape[2] * 1j]
     outside = x**2 + y**2 > 0.98
     check_hu("ct", np.where(outside, padding, slices))
-    with pytest.raises(BadInputError, match="not in Hounsfield units"):
-        check_hu("ct", np.where(outside, padding, slices + 1024))
+    greys = ((slices + 1250) / 1500).clip(0, 1)
+    for values in (slices + 1024, (slices + 1024) / 4, greys, greys * 255):
+        for padded in (np.where(outside, padding, values), np.where(outside | (y < -0.9), padding, values)):
+            with pytest.raises(BadInputError, match="not in Hounsfield units"):
+                check_hu("ct", padded)
 
 
 def test_a_crop_within_the_lung_passes(phantom):
-    check_hu("ct", phantom.transpose(2, 1, 0)[:, 10:26, 8:20].astype(np.float32))
+    crop = phantom.transpose(2, 1, 0)[:, 10:26, 8:20].astype(np.float32)
+    check_hu("ct", crop)
+    check_hu("ct", crop.clip(-870, None))
 
 
 @pytest.mark.parametrize("shape", [(40, 36, 3), (20, 36, 6)])
@@ -405,5 +410,34 @@ def test_codes_that_the_standard_does_not_have_are_warned_about(phantom, tmp_pat
     assert capfd.readouterr().err == ""
 
 
-def test_errors_are_one_line_whatever_a_file_is_called():
-    assert len(str(BadInputError("a\nb", "one\ntwo")).splitlines()) == 1
+def test_signs_and_zeros_of_the_spacing_beside_an_affine_say_nothing_on_stderr(phantom, tmp_path, capfd):
+    data = bytearray(nib.Nifti1Image(phantom, ASYMMETRIC).to_bytes())
+    data[76:92] = np.array([3, -0.9, 0, 2.5], "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(data)
+    volume = read_nifti(tmp_path / "a.nii")
+    np.testing.assert_allclose(volume.affine, ASYMMETRIC, rtol=1e-6)
+    nifti_bytes(volume.voxels, volume.header)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_damaged_magic_is_refused(phantom, tmp_path):
+    data = bytearray(nib.Nifti1Image(phantom, ASYMMETRIC).to_bytes())
+    data[346] = 0x7F
+    (tmp_path / "a.nii").write_bytes(data)
+    with pytest.raises(BadInputError, match="header and voxels in one"):
+        read_nifti(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("kind", [BadInputError, OutputError])
+@pytest.mark.parametrize("name", ["a\nb", "a\r", "a\u2028b\x1b[2J"])
+def test_errors_are_one_line_whatever_a_file_is_called(kind, name):
+    error = str(kind(name, "one two"))
+    assert len(error.splitlines()) == 1
+    assert error.startswith("a\\")
+    assert "\x1b" not in error
+
+
+def test_a_phantom_of_a_few_materials_passes():
+    slices = np.full((2, 20, 20), -1000.0, np.float32)
+    slices[:, 5:15, 5:15] = 40
+    check_hu("phantom", slices)

@@ -26,6 +26,7 @@ from test_imaging import ORIENTATIONS, broken_nifti
 import scoat_fast
 from scoat_fast import BadInputError, ScoatFastError
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
+from scoat_fast.imaging.pictures import read_mask
 from scoat_fast.segmentation.cases import find_cases
 from scoat_fast.segmentation.inference import Segmenter
 from scoat_fast.segmentation.overlay import FOUND, TRUTH, contact_sheet
@@ -544,7 +545,15 @@ def test_optional_results_of_an_earlier_run_go_with_it(ct, weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ending", "environment"), [("> /dev/full", {}), ("| head -0", {}), ("", {"PYTHONIOENCODING": "ascii"})]
+    ("ending", "environment"),
+    [
+        ("> /dev/full", {}),
+        ("> /dev/full 2> /dev/full", {}),
+        (">&-", {}),
+        (">&- 2>&-", {}),
+        ("| head -0", {}),
+        ("", {"PYTHONIOENCODING": "ascii"}),
+    ],
 )
 def test_output_that_nobody_can_read_costs_no_case(ct, weights, tmp_path, ending, environment):
     names = ["one.nii.gz", "\u00fcn\u00ef.nii.gz", os.fsdecode(b"bad\xff.nii.gz")]
@@ -602,3 +611,73 @@ def test_library_warnings_do_not_reach_the_user(phantom, weights, tmp_path, capf
     for name in ("slope.nii", "huge.nii"):
         assert run("segment", tmp_path / name, "-o", tmp_path / "out", "--weights", weights) == EXIT_FAILED_CASES
         assert len(capfd.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("ending", ["2> /dev/full", "2>&-"])
+def test_errors_that_nobody_can_read_keep_their_exit_code(ct, weights, tmp_path, ending):
+    command = f'"$0" -m scoat_fast.cli segment "$@" {ending}'
+    arguments = [sys.executable, tmp_path / "missing.nii.gz", ct, "-o", tmp_path / "out", "--weights", weights]
+    for more, code in (([], EXIT_FAILED_CASES), (["--threshold", "7"], EXIT_USAGE)):
+        done = subprocess.run(["bash", "-c", command, *map(str, arguments), *more], capture_output=True, timeout=120)
+        assert done.returncode == code
+        assert b"Traceback" not in done.stderr
+        assert done.stdout.count(b"\n") == (not more)
+    assert [row["status"] for row in rows_of(tmp_path / "out")] == ["failed", "ok"]
+
+
+def test_a_newline_in_a_name_makes_no_second_line(ct, weights, tmp_path, capsys):
+    path, out = ct.rename(ct.parent / "a\nb.nii.gz"), tmp_path / "out"
+    assert run("segment", path, "-o", out, "--weights", weights) == EXIT_OK
+    assert capsys.readouterr().out.startswith("a\\nb: ")
+    (out / "a\nb.json").write_text("{}")
+    assert run("segment", path, "-o", out, "--weights", weights) == EXIT_FAILED_CASES
+    error = capsys.readouterr().err
+    assert "a\\nb.json: cannot be written" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_links_that_lead_to_themselves_cost_no_other_case(ct, weights, tmp_path):
+    for name in ("loop.nii.gz", "loop"):
+        (ct.parent / name).symlink_to(ct.parent / name)
+    assert run("segment", ct.parent, "-o", tmp_path / "out", "--weights", weights) == EXIT_FAILED_CASES
+    assert sorted(row["status"] for row in rows_of(tmp_path / "out")) == ["failed", "failed", "ok"]
+
+
+def test_an_earlier_result_that_cannot_go_fails_its_case_alone(ct, weights, tmp_path, capsys):
+    other, out = Path(shutil.copy(ct, ct.parent / "other.nii.gz")), tmp_path / "out"
+    assert run("segment", ct, "-o", out, "--weights", weights) == EXIT_OK
+    (out / "ct_probability.nii.gz").mkdir()
+    capsys.readouterr()
+    assert run("segment", ct, other, "-o", out, "--weights", weights) == EXIT_FAILED_CASES
+    assert "ct_probability.nii.gz: cannot be written: it is of an earlier run" in capsys.readouterr().err
+    assert [row["status"] for row in rows_of(out)] == ["failed", "ok"]
+
+
+def test_nothing_waits_for_pipes(ct, weights, tmp_path, capsys):
+    pipe, out = tmp_path / "pipe.nii.gz", tmp_path / "out"
+    os.mkfifo(pipe)
+    assert run("segment", ct, "-o", out, "--weights", weights, "--lung", pipe) == EXIT_FAILED_CASES
+    assert "pipe.nii.gz: a NIfTI file is wanted" in capsys.readouterr().err
+    with pytest.raises(scoat_fast.BadInputError, match="a picture file is wanted"):
+        read_mask(pipe)
+    (out / "cases.csv").unlink()
+    os.mkfifo(out / "cases.csv")
+    assert run("segment", ct, "-o", out, "--weights", weights) == EXIT_USAGE
+
+
+def test_a_name_too_long_for_its_results_is_one_line(ct, weights, tmp_path, capsys):
+    long = tmp_path / f"{'x' * 251}.nii"
+    long.write_bytes(gzip.decompress(ct.read_bytes()))
+    assert run("segment", long, ct, "-o", tmp_path / "out", "--weights", weights) == EXIT_FAILED_CASES
+    error = capsys.readouterr().err
+    assert "cannot be written: File name too long" in error
+    assert len(error.splitlines()) == 1
+    assert [row["status"] for row in rows_of(tmp_path / "out")] == ["failed", "ok"]
+
+
+def test_a_link_to_nothing_in_place_of_a_result_is_left_alone(ct, weights, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "ct_mask.nii.gz").symlink_to(tmp_path / "elsewhere")
+    assert run("segment", ct, "-o", out, "--weights", weights) == EXIT_FAILED_CASES
+    assert (out / "ct_mask.nii.gz").is_symlink()

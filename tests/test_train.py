@@ -562,6 +562,16 @@ def test_prepare_wants_a_patient_for_each_volume(phantom, tmp_path, capsys):
         assert "names no patient for the volume a" in capsys.readouterr().err
 
 
+def test_prepare_refuses_pixels_that_segmentation_refuses(phantom, tmp_path, capsys):
+    affine = ASYMMETRIC @ np.diag([20.0, 1, 1, 1])
+    (tmp_path / "masks").mkdir()
+    nib.save(nib.Nifti1Image(phantom, affine), tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image((phantom > 300).astype(np.uint8), affine), tmp_path / "masks" / "a.nii.gz")
+    command = ["prepare", tmp_path / "a.nii.gz", "--masks", tmp_path / "masks", "-o", tmp_path / "data", "--quiet"]
+    assert main([str(a) for a in command]) == EXIT_USAGE
+    assert "pixels of 0.05 to 20 mm are wanted" in capsys.readouterr().err
+
+
 def test_prepare_refuses_what_is_no_mask_of_the_volume(phantom, tmp_path, capsys):
     opacity = ((phantom > -500) & (phantom < -300)).astype(np.float32)
     nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), tmp_path / "a.nii.gz")

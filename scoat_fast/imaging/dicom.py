@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, UID_dictionary
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, UID_dictionary
 
 from ..errors import BadInputError
 from .nifti import new_header
@@ -17,6 +19,11 @@ from .volume import Volume, check_affine
 SUFFIXES = (".dcm", ".ima")
 NO_SLICES = {"DICOMDIR", "LOCKFILE", "VERSION", "README", "LICENSE", "LICENCE", "INDEX", "CHANGES", "MANIFEST"}
 FIRST_GROUPS = (b"\x02\x00", b"\x08\x00")  # what a DICOM file without a preamble begins with
+USED = (
+    "SOPClassUID", "SeriesInstanceUID", "ImageType", "Modality", "NumberOfFrames", "SamplesPerPixel",
+    "PhotometricInterpretation", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "Rows", "Columns",
+    "RescaleSlope", "RescaleIntercept",
+)  # fmt: skip
 EVEN = 0.02  # share of the spacing by which gaps between slices may differ
 TILT = 1.0  # degrees between the slices' normal and the way from one to the next
 
@@ -27,8 +34,8 @@ def is_dicom(path: Path) -> bool:
         return True
     start = _start(path)
     if start[128:] == b"DICM":
-        return path.name != "DICOMDIR"
-    return len(start) == 132 and start[:2] in FIRST_GROUPS and _without_suffix(path)
+        return path.name.upper() != "DICOMDIR"
+    return len(start) == 132 and start[:2] in FIRST_GROUPS and not _suffix(path)
 
 
 def _start(path: Path) -> bytes:
@@ -39,14 +46,14 @@ def _start(path: Path) -> bytes:
         raise BadInputError(path, f"cannot be read: {error.strerror}") from error
 
 
-def _without_suffix(path: Path) -> bool:
-    """Named as slices are that have no suffix: IM0004, or a UID, of which the last number is none."""
-    return path.suffix.lstrip(".").isdigit() or not path.suffix
+def _suffix(path: Path) -> str:
+    """The suffix of a slice. IM0004 has none, and of a UID the last number is none."""
+    return "" if path.suffix.lstrip(".").isdigit() else path.suffix.lower()
 
 
 def _is_damaged_slice(path: Path) -> bool:
-    """Whether a file that is not DICOM stands where a slice should: named like one, and no text."""
-    if not _without_suffix(path) or path.name.startswith(".") or path.name.upper() in NO_SLICES:
+    """Whether a file that is not DICOM, but named like one, stands where a slice should: it is no text."""
+    if path.name.startswith(".") or path.name.upper() in NO_SLICES:
         return False
     start = _start(path)
     return not start or not all(byte >= 32 or byte in b"\t\n\r" for byte in start)
@@ -68,10 +75,10 @@ def read_series(folder: str | Path) -> Volume:
 def _read_series(folder: Path) -> Volume:
     there = sorted(path for path in folder.iterdir() if path.is_file())
     files = [path for path in there if is_dicom(path)]
-    if any(_without_suffix(path) for path in files):
-        for path in there:
-            if path not in files and _is_damaged_slice(path):
-                raise BadInputError(path, "damaged: among slices without a suffix it should be one, and is not DICOM")
+    suffixes = {_suffix(path) for path in files}
+    for path in sorted(set(there) - set(files)):
+        if _suffix(path) in suffixes and _is_damaged_slice(path):
+            raise BadInputError(path, "damaged: among slices with such names it should be one, and is not DICOM")
     slices = [slice for slice in map(_read, files) if _is_image(slice) and not _is_localizer(slice)]
     if not slices:
         raise BadInputError(folder, "no DICOM file with an image")
@@ -79,12 +86,17 @@ def _read_series(folder: Path) -> Volume:
     if len(series) > 1:
         raise BadInputError(folder, f"one series is wanted, got {len(series)}: give each a folder of its own")
     for slice in slices:
-        _check(slice)
+        with _damage_named(slice.filename):
+            _check(slice)
     first = slices[0]
     for name in ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient"):
         for slice in slices:
-            if not np.allclose(slice[name].value, first[name].value, atol=1e-3):
+            values = [np.asarray(each[name].value, dtype=float) for each in (slice, first)]
+            if not np.allclose(*values, atol=1e-3):
                 raise BadInputError(slice.filename, f"{name} differs from that of {Path(first.filename).name}")
+    for slice in slices:
+        if ("RescaleIntercept" in slice) != ("RescaleIntercept" in first):
+            raise BadInputError(folder, "some slices have a RescaleIntercept and some none: they are not all in HU")
 
     rows_to, columns_to = np.asarray(first.ImageOrientationPatient, float).reshape(2, 3)
     normal = np.cross(rows_to, columns_to)
@@ -105,16 +117,27 @@ def _read_series(folder: Path) -> Volume:
 
 
 def _read(path: Path) -> pydicom.FileDataset:
-    bare = _start(path)[128:] != b"DICM" and _without_suffix(path)
-    try:
+    bare = _start(path)[128:] != b"DICM" and not _suffix(path)
+    with _damage_named(path):
         slice = pydicom.dcmread(path, force=bare)
         if bare and "TransferSyntaxUID" not in slice.file_meta:
             implicit, _ = slice.original_encoding
             slice.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        for name in USED:
+            slice.get(name)  # parses it
         return slice
+
+
+@contextlib.contextmanager
+def _damage_named(path: str | Path) -> Iterator[None]:
+    """Raises BadInputError about ``path`` for whatever pydicom raises on damaged data."""
+    try:
+        yield
+    except BadInputError:
+        raise
     except InvalidDicomError as error:
         raise BadInputError(path, "not a DICOM file, or damaged at its start") from error
-    except Exception as error:  # pydicom's parsers raise many kinds on damaged data
+    except Exception as error:
         raise BadInputError(path, f"damaged: {error}") from error
 
 
@@ -122,7 +145,7 @@ def _is_image(slice: pydicom.FileDataset) -> bool:
     """Whether this is an image, and not a report, say. Raises BadInputError if it should be one and is cut off."""
     if "PixelData" in slice:
         return True
-    kind = slice.get("SOPClassUID") or slice.file_meta.get("MediaStorageSOPClassUID")
+    kind = UID(str(slice.get("SOPClassUID") or slice.file_meta.get("MediaStorageSOPClassUID")))
     if kind in UID_dictionary and "Image Storage" not in kind.name:
         return False
     raise BadInputError(slice.filename, "truncated: an image is wanted, got no pixels")
@@ -154,17 +177,18 @@ def _check(slice: pydicom.FileDataset) -> None:
     if min(float(mm) for mm in slice.PixelSpacing) <= 0:
         raise BadInputError(path, f"PixelSpacing is not positive: {list(slice.PixelSpacing)}")
     for name in ("Rows", "Columns"):
-        if name not in slice:
-            raise BadInputError(path, f"{name} is missing")
+        if not isinstance(slice.get(name), int):
+            raise BadInputError(path, f"{name} is missing or not one number")
 
 
 def _step(folder: Path, slices, positions: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """The vector from one slice to the next in mm, and warnings about how even that is."""
     if len(slices) == 1:
         for name in ("SpacingBetweenSlices", "SliceThickness"):
-            thickness = slices[0].get(name)
-            if thickness and np.isfinite(float(thickness)) and float(thickness) > 0:
-                return normal * float(thickness), []
+            with _damage_named(slices[0].filename):
+                thickness = float(slices[0].get(name) or 0)
+            if np.isfinite(thickness) and thickness > 0:
+                return normal * thickness, []
         return normal, ["a single slice without a thickness: volumes assume 1 mm"]
     gaps = np.diff(positions @ normal)
     if gaps.min() < 1e-3:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -89,6 +90,14 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict]) ->
     table.writeheader()
     table.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is something to read: a pipe or a socket would keep its reader waiting."""
+    try:
+        return stat.S_ISREG(Path(path).stat().st_mode)
+    except OSError:
+        return True  # a link to nothing, say; whoever reads it names the reason
 
 
 def make_folder(path: Path) -> Path:

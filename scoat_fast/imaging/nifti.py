@@ -15,6 +15,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from ..errors import BadInputError
+from .files import is_file
 from .volume import Volume, check_affine
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -37,6 +38,8 @@ def read_nifti(path: str | Path, labels: bool = False) -> Volume:
             spacing, affine, slope or intercept is not usable.
     """
     path = Path(path)
+    if not is_file(path):
+        raise BadInputError(path, "a NIfTI file is wanted, this is none")
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
@@ -75,6 +78,10 @@ def nifti_bytes(voxels: np.ndarray, like: Nifti1Header) -> bytes:
     if "db_name" in header.structarr.dtype.names:
         header["db_name"] = header["data_type"] = b""
     header["descrip"] = DESCRIPTION
+    lengths = np.abs(header["pixdim"][1:4])  # signs and zeros beside an affine mean nothing
+    header["pixdim"][1:4] = np.where(lengths > 0, lengths, 1)
+    if abs(header["pixdim"][0]) != 1:
+        header["pixdim"][0] = 1
     header["scl_slope"], header["scl_inter"] = 1, 0
     header.set_data_dtype(voxels.dtype)
     image = IMAGES[type(header)](voxels.reshape(header.get_data_shape()), None, header)
@@ -110,7 +117,7 @@ def _read_header(path: Path, file: BinaryIO) -> Nifti1Header:
         shape, itemsize = header.get_data_shape(), header.get_data_dtype().itemsize
     except (HeaderDataError, WrapStructError, ValueError, KeyError) as error:
         raise BadInputError(path, f"its header is damaged: {error}") from error
-    if not header["magic"].tobytes().startswith(b"n+"):
+    if header["magic"].item() != type(header).single_magic:
         raise BadInputError(path, "a NIfTI file with header and voxels in one is wanted")
     if len(shape) < 3 or min(shape) < 1 or any(length > 1 for length in shape[3:]):
         raise BadInputError(path, f"one 3-D volume is wanted, got dimensions {shape}")

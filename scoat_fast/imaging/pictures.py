@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import BadInputError
+from .files import is_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 BRIGHT, SEEN = 0.3, 0.002  # any lung window shows tissue brighter than this, on more than this share of a slice
@@ -24,6 +25,8 @@ def read_picture(path: str | Path) -> np.ndarray:
     Raises:
         BadInputError: if the file is damaged, holds several pictures or colours, or is unreasonably large.
     """
+    if not is_file(path):
+        raise BadInputError(path, "a picture file is wanted, this is none")
     try:
         with warnings.catch_warnings(action="ignore"):  # Pillow's, about data that is checked here
             warnings.simplefilter("error", Image.DecompressionBombWarning)

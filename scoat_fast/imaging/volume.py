@@ -14,6 +14,7 @@ from ..errors import BadInputError
 SLICE_AXES = "SPL"  # slices from the feet up, rows to the back (spine down), columns to the patient's left
 AIR, TISSUE = -500.0, -200.0  # HU: what lies below is air or lung, what lies above is tissue
 SEEN = 0.002  # share of the voxels; less than this is noise, not anatomy
+LEVELS = 8  # values that a phantom of some materials may have; a scan has more
 HIGHEST = 5000.0  # HU; even metal is cut off at 3071 by most scanners
 DENSE, MOSTLY = 700.0, 0.1  # HU, share of what is no air: only bone is denser, and less than this of a chest is bone
 PLANE_MM, RATIO = (0.05, 20.0), 10.0  # between pixels of a slice, and of the larger to the smaller
@@ -116,11 +117,17 @@ def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
     found = f"its values span {low:g} to {high:g}"
     if (slices < AIR).mean() < SEEN:
         raise BadInputError(path, f"not in Hounsfield units of a chest: no air or lung below {AIR:g} HU; {found}")
+    seen = slices[~_padding(slices)]  # which may pass for air
+    airless = (seen < AIR).sum() < SEEN * slices.size and seen.size > 0 and seen.min() >= 0
+    if airless and len(np.unique(seen)) > LEVELS:
+        raise BadInputError(
+            path, f"not in Hounsfield units of a chest: no air, lung or fat below 0 HU but for the padding; {found}"
+        )
     if (slices > TISSUE).mean() < SEEN:
         raise BadInputError(path, f"not in Hounsfield units of a chest: no tissue above {TISSUE:g} HU; {found}")
     if (slices > HIGHEST).mean() > SEEN:
         raise BadInputError(path, f"not in Hounsfield units: many voxels above {HIGHEST:g}; {found}")
-    dense = (slices > DENSE).sum() / (slices > AIR).sum()  # what pads the image may pass for air; tissue cannot hide
+    dense = (slices > DENSE).sum() / (slices > AIR).sum()  # padding that was interpolated passes for air all the same
     if dense > MOSTLY:
         raise BadInputError(
             path,
@@ -129,6 +136,15 @@ def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
         )
     blank = [int(i) for i in np.flatnonzero(slices.min(axis=(1, 2)) == slices.max(axis=(1, 2)))]
     return [f"{len(blank)} blank slices, counted from the feet: {_some(blank)}"] if blank else []
+
+
+def _padding(slices: np.ndarray) -> np.ndarray:
+    """Where voxels hold the lowest value, or the one in a corner of their volume: what lies outside the scan.
+
+    Air that a scanner or a window cut off at one value goes with it; the lung and the rim of the body remain.
+    """
+    corners = slices[:: max(len(slices) - 1, 1), :: max(slices.shape[1] - 1, 1), :: max(slices.shape[2] - 1, 1)]
+    return np.isin(slices, [slices.min(), *np.unique(corners)])
 
 
 def check_mask(path: str | Path, voxels: np.ndarray, may_be_full: bool = False) -> None:

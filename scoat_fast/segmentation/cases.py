@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import BadInputError
 from ..imaging import dicom, nifti, pictures
+from ..imaging.files import is_file
 from ..imaging.volume import Volume
 
 RESULT = re.compile(r"(.+)_(mask|overlay|probability|attention_x\d\d)\.(nii\.gz|png)")
@@ -42,8 +43,8 @@ def find_cases(inputs: Sequence[str | Path], output: Path) -> tuple[list[Case], 
     errors: list[BadInputError] = []
     for given in map(Path, inputs):
         try:
-            for case in _cases(given, output.resolve(), errors):
-                cases.setdefault(case.path.resolve(), case)
+            for case in _cases(given, _real(output), errors):
+                cases.setdefault(_real(case.path), case)
         except BadInputError as error:
             errors.append(error)
         except OSError as error:
@@ -58,7 +59,7 @@ def _cases(given: Path, output: Path, errors: list[BadInputError]) -> list[Case]
         if not found and len(errors) == before:
             raise BadInputError(given, "an empty folder: no NIfTI file, DICOM series or picture in it")
         return found
-    if not _is_file(given):
+    if not is_file(given):
         raise BadInputError(given, "a file or a folder is wanted, this is neither")
     kind = _kind(given)
     if kind == "dicom":
@@ -74,13 +75,13 @@ def _in_folder(folder: Path, output: Path, errors: list[BadInputError]) -> Itera
     def note(error: OSError) -> None:
         errors.append(BadInputError(error.filename or folder, f"cannot be read: {error.strerror}"))
 
-    seen = {folder.resolve()}  # links may lead in circles
+    seen = {_real(folder), output}  # links may lead in circles
     for root, folders, names in os.walk(folder, onerror=note, followlinks=True):
         here = Path(root)
-        folders[:] = [name for name in sorted(folders) if _is_new(here / name, seen | {output}, seen)]
+        folders[:] = [name for name in sorted(folders) if _is_new(here / name, seen)]
         series = False
         for name in sorted(names):
-            if name.startswith(".") or is_result(here / name) or not _is_file(here / name):
+            if name.startswith(".") or is_result(here / name) or not is_file(here / name):
                 continue
             try:
                 kind = _kind(here / name)
@@ -94,21 +95,18 @@ def _in_folder(folder: Path, output: Path, errors: list[BadInputError]) -> Itera
                 yield Case(_stem(here / name, kind), kind, here / name)
 
 
-def _is_new(folder: Path, known: set[Path], seen: set[Path]) -> bool:
-    """Whether a folder is to be searched: not hidden, and not ``known``; it is ``seen`` afterwards."""
-    real = folder.resolve()
-    if folder.name.startswith(".") or real in known:
+def _is_new(folder: Path, seen: set[Path]) -> bool:
+    """Whether a folder is to be searched: not hidden, and not ``seen``; it is seen afterwards."""
+    real = _real(folder)
+    if folder.name.startswith(".") or real in seen:
         return False
     seen.add(real)
     return True
 
 
-def _is_file(path: Path) -> bool:
-    """Whether there is something to read: a pipe or a socket would keep its reader waiting."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return True  # a link to nothing, say; whoever reads it names the reason
+def _real(path: Path) -> Path:
+    """The path without links; ``Path.resolve`` raises on those that lead to themselves."""
+    return Path(os.path.realpath(path))
 
 
 def is_result(path: Path) -> bool:
@@ -120,8 +118,8 @@ def is_result(path: Path) -> bool:
 def is_report(path: Path) -> bool:
     """Whether a file is a report of this program about the case that it is named after."""
     try:
-        report = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        report = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(report, dict) and "scoat_fast" in report and report.get("case") == path.stem
 
@@ -135,18 +133,18 @@ def _kind(path: Path) -> str | None:
 
 
 def _stem(path: Path, kind: str) -> str:
-    return path.resolve().name if kind == "dicom" else nifti.stem(path)
+    return _real(path).name if kind == "dicom" else nifti.stem(path)
 
 
 def _tell_apart(cases: list[Case]) -> list[Case]:
     """Gives equal names their suffixes within a folder, then their folders' names, and at last numbers."""
-    places = [(case.path.resolve().parent, _key(case)) for case in cases]
+    places = [(_real(case.path).parent, _key(case)) for case in cases]
     crowded = Counter(places)
     names = [
         case.path.name.replace(".", "_") if crowded[place] > 1 else case.name
         for case, place in zip(cases, places, strict=True)
     ]
-    parents = [[parent.name for parent in case.path.resolve().parents] for case in cases]
+    parents = [[parent.name for parent in _real(case.path).parents] for case in cases]
     for level in range(max(map(len, parents), default=0)):
         repeated = _repeated(names)
         names = [

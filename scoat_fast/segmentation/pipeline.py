@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,18 +18,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__
-from ..errors import BadInputError, OutputError, ScoatFastError
-from ..imaging.files import StagedFiles, make_folder, write_csv
+from ..errors import BadInputError, OutputError, ScoatFastError, one_line
+from ..imaging.files import StagedFiles, is_file, make_folder, write_csv
 from ..imaging.grid import SQUARE_PIXELS
 from ..imaging.nifti import nifti_bytes, read_nifti
 from ..imaging.pictures import check_windowed, read_mask, read_picture
 from ..imaging.volume import Turn, Volume, mask_on_grid
-from .cases import RESULT, Case, find_cases, is_report, read_volume
+from ..model import ATTENTION_NODES
+from .cases import Case, find_cases, is_report, read_volume
 from .inference import Segmenter
 from .overlay import contact_sheet
 from .statistics import check_min_mm3, measure
 
 NOTE = "research only, not for clinical use"
+OPTIONAL = ("probability", *(f"attention_x{i}{j}" for i, j in ATTENTION_NODES))
 CSV_COLUMNS = (
     "case", "input", "status", "voxels", "mm3", "ml", "hu_mean", "hu_sd", "slices", "lung_ml", "share_of_lung",
     "warnings", "error",
@@ -76,8 +79,9 @@ def _attempt(case: Case, output: Path, segmenter: Segmenter, options: Options) -
     segment_one = _segment_picture if case.kind == "picture" else _segment_volume
     try:
         _check_free(case, output)
-        stale = _optional_results(case, output)
+        stale = _results(case, output, OPTIONAL)
         report = segment_one(case, output, segmenter, options)
+        _remove(stale - set(report.pop("files")))  # of an earlier run with other options
     except (BadInputError, OutputError) as error:
         return _complain(case, error.path, error.reason)
     except ScoatFastError as error:
@@ -85,8 +89,6 @@ def _attempt(case: Case, output: Path, segmenter: Segmenter, options: Options) -
     except Exception as error:  # one case must never cost the others; its traceback is not lost
         traceback.print_exc()
         return _complain(case, str(case.path), f"unexpected {type(error).__name__}: {error}")
-    for path in stale - set(report.pop("files")):  # of an earlier run with other options
-        path.unlink()
     if not options.quiet:
         _say(_line(report), sys.stdout)
     row = {"case": case.name, "input": str(case.path), "status": "ok", "warnings": "; ".join(report["warnings"])}
@@ -96,14 +98,15 @@ def _attempt(case: Case, output: Path, segmenter: Segmenter, options: Options) -
 def _check_free(case: Case, output: Path) -> None:
     """Raises OutputError where a result would replace a file that this program has not written."""
     report = output / f"{case.name}.json"
-    names = {path.name for path in output.iterdir() if (match := RESULT.fullmatch(path.name)) and match[1] == case.name}
-    for path in [report, *(output / name for name in sorted(names))]:
-        if path.exists() and not is_report(report):
+    for path in (report, *sorted(_results(case, output))):
+        if os.path.lexists(path) and not is_report(report):
             raise OutputError(path, "a file of this name is there already, and is no result of this program")
 
 
 def _check_table(path: Path) -> None:
     """Raises OutputError where ``cases.csv`` is somebody else's."""
+    if not is_file(path):
+        raise OutputError(path, "what has this name is no file")
     try:
         with path.open("rb") as file:
             ours = file.readline().strip() == ",".join(CSV_COLUMNS).encode()
@@ -115,14 +118,19 @@ def _check_table(path: Path) -> None:
         raise OutputError(path, "a file of this name is there already, and is no result of this program")
 
 
-def _optional_results(case: Case, output: Path) -> set[Path]:
-    """The probabilities and attention maps of a case that are there."""
-    kinds = ("probability", "attention_")
-    return {
-        path
-        for path in output.iterdir()
-        if (match := RESULT.fullmatch(path.name)) and match[1] == case.name and match[2].startswith(kinds)
-    }
+def _results(case: Case, output: Path, kinds: Sequence[str] = ("mask", "overlay", *OPTIONAL)) -> set[Path]:
+    """Those of the results of a case that are there, beside its report."""
+    paths = (output / f"{case.name}_{kind}.{suffix}" for kind in kinds for suffix in ("nii.gz", "png"))
+    return {path for path in paths if os.path.lexists(path)}
+
+
+def _remove(paths: set[Path]) -> None:
+    """Raises OutputError where a file cannot be removed."""
+    for path in sorted(paths):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(path, f"it is of an earlier run and stays: {error.strerror}") from error
 
 
 def _segment_volume(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
@@ -210,15 +218,15 @@ def _report(case: Case, segmenter: Segmenter, options: Options, warnings: list[s
 def _title(report: dict) -> str:
     numbers = report["statistics"]
     amount = f"{numbers['voxels']} pixels" if numbers["ml"] is None else f"{numbers['ml']:.1f} mL"
-    return f"{report['case']}: {amount} opacity. {NOTE}"
+    return f"{one_line(report['case'])}: {amount} opacity. {NOTE}"
 
 
 def _line(report: dict) -> str:
-    numbers = report["statistics"]
+    name, numbers = one_line(report["case"]), report["statistics"]
     if numbers["ml"] is None:
-        text = f"{report['case']}: {numbers['voxels']} pixels of opacity"
+        text = f"{name}: {numbers['voxels']} pixels of opacity"
     else:
-        text = f"{report['case']}: {numbers['ml']:.1f} mL of opacity in {numbers['slices']} slices"
+        text = f"{name}: {numbers['ml']:.1f} mL of opacity in {numbers['slices']} slices"
     return text + "".join(f"\n  warning: {warning}" for warning in report["warnings"])
 
 
@@ -237,14 +245,14 @@ def _lung_path(case: Case, lung: Path | None, suffixes: Sequence[str]) -> Path |
 
 
 def _complain(case: Case, path: str, reason: str) -> dict:
-    _say(f"scoat-fast: {path}: {reason}", sys.stderr)
+    _say(f"scoat-fast: {one_line(path)}: {reason}", sys.stderr)
     return _failed(case.name, str(case.path), reason)
 
 
 def _say(text: str, stream: TextIO) -> None:
     """Prints a line, in the letters that the stream has. Nobody to read it is no reason to stop: files hold it all."""
     encoding = stream.encoding or "utf-8"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # full, closed at the other end, or closed here
         tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
         stream.flush()
 

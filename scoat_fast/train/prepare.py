@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from ..errors import BadInputError, ScoatFastError
 from ..imaging.files import StagedFiles, make_folder, write_csv
 from ..imaging.nifti import SUFFIXES, read_nifti
-from ..imaging.volume import Turn, Volume, check_hu, mask_on_grid
+from ..imaging.volume import Turn, Volume, check_hu, check_plane, mask_on_grid
 from ..imaging.window import LUNG, Window
 from ..segmentation.cases import Case, find_cases, read_volume
 from .data import COLUMNS
@@ -60,7 +61,8 @@ def prepare(what: Preparation) -> bool:
         except BadInputError as error:
             errors.append(error)
     for error in errors:
-        print(f"scoat-fast: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody to read it
+            print(f"scoat-fast: {error}", file=sys.stderr, flush=True)
     if not rows:
         raise ScoatFastError("no volume could be used")
     write_csv(what.output / "index.csv", COLUMNS, rows)
@@ -74,6 +76,7 @@ def _prepare(case: Case, what: Preparation, patient: str) -> list[dict]:
     volume = read_volume(case)
     turn = Turn(volume.affine)
     hu = turn.to_slices(volume.voxels)
+    check_plane(case.path, turn)
     check_hu(case.path, hu)
     folders = {"masks": what.masks} | ({"lungs": what.lungs} if what.lungs else {})
     masks = {
