@@ -249,3 +249,11 @@ def test_slices_of_which_some_lack_their_intercept_are_refused(slices, tmp_path)
 
     with pytest.raises(BadInputError, match="some slices have a RescaleIntercept and some none"):
         read_series(write_series(tmp_path / "s", slices, change=forget))
+
+
+@pytest.mark.parametrize("name", ["IM9999", "last.dcm"])
+def test_a_link_to_a_slice_that_is_gone_is_not_passed_over(slices, tmp_path, name):
+    folder = write_series(tmp_path / "s", slices)
+    (folder / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadInputError, match=f"{name}: cannot be read"):
+        read_series(folder)

@@ -73,7 +73,8 @@ def read_series(folder: str | Path) -> Volume:
 
 
 def _read_series(folder: Path) -> Volume:
-    there = sorted(path for path in folder.iterdir() if path.is_file())
+    # a link to a slice that is gone is read, too, and its error names it: the volume would lack that slice quietly
+    there = sorted(path for path in folder.iterdir() if path.is_file() or (path.is_symlink() and not path.exists()))
     files = [path for path in there if is_dicom(path)]
     suffixes = {_suffix(path) for path in files}
     for path in sorted(set(there) - set(files)):
