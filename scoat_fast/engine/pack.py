@@ -1,0 +1,52 @@
+"""The weights of a trained network, with BatchNorm folded into the convolution before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightsError
+from ..layers import PlainBlock, ResidualBlock, GatedBlock, SpatialAttention
+from ..model import SCOATNet
+
+Weights = dict[str, tuple[Tensor, Tensor]]
+
+
+def pack(net: SCOATNet) -> Weights:
+    """Pairs of float64 tensors on the CPU, by the names that a plan uses.
+
+    Convolutions are weight [out, in, k, k] and bias [out]; ``conv*.ca`` are the two linear layers of a recalibration,
+    [C / 16, C] and [C, C / 16].
+
+    Raises:
+        WeightsError: if a folded weight is not finite: a network with NaN in it would answer everything with nothing.
+    """
+    found: Weights = {}
+    for name, module in net.named_children():
+        if isinstance(module, PlainBlock):
+            found[f"{name}.conv1"] = fold(module.conv1, module.bn1)
+            found[f"{name}.conv2"] = fold(module.conv2, module.bn2)
+        if isinstance(module, ResidualBlock):
+            found[f"{name}.downsample"] = fold(*module.downsample)
+        if isinstance(module, GatedBlock):
+            found[f"{name}.ca"] = (_exact(module.ca.fc[0].weight), _exact(module.ca.fc[2].weight))
+        if isinstance(module, SpatialAttention):
+            found[f"{name}.W_x"], found[f"{name}.W_y"] = fold(*module.W_x), fold(*module.W_y)
+            found[f"{name}.active"] = fold(*module.active[:2])
+        if isinstance(module, nn.Conv2d):
+            found[name] = _exact(module.weight), _exact(module.bias)
+    for name, tensors in found.items():
+        if not all(bool(torch.isfinite(x).all()) for x in tensors):
+            raise WeightsError("network", f"finite weights are wanted, got NaN or infinity in {name}")
+    return found
+
+
+def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A convolution that does what a convolution and a BatchNorm in evaluation mode do."""
+    scale = _exact(norm.weight) / torch.sqrt(_exact(norm.running_var) + norm.eps)
+    bias = (_exact(convolution.bias) - _exact(norm.running_mean)) * scale + _exact(norm.bias)
+    return _exact(convolution.weight) * scale[:, None, None, None], bias
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", torch.float64)

@@ -1,0 +1,346 @@
+"""SCOATNet as a list of fused steps over named buffers: pure data, which a person can print and any backend can run.
+
+Feature buffers are [N, H, W, C], dense. The nodes of a row of the grid lie side by side in one buffer, so that a
+convolution over their concatenation reads a slice of it and nothing is copied. What comes from the level below, upsampled
+and gated, is a buffer of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..model import ATTENTION_NODES, LEVELS, SCOATNet
+
+KINDS = {
+    "features": "[N, H, W, C] in the engine's dtype",
+    "map": "[N, H, W] in the engine's dtype",
+    "sums": "[N, parts, C] in float32: sums over parts of the pixels, in as many parts as the backend likes",
+    "scale": "[N, C] in float32",
+    "logits": "[N, C, H, W] in float32",
+    "mask": "[N, C, H, W] in uint8",
+    "threshold": "[1] in float32, a logit",
+}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory of a kind (see ``KINDS``) at ``1 / 2**level`` of the resolution."""
+
+    kind: str
+    channels: int
+    level: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of the channels of a buffer."""
+
+    buffer: str
+    first: int
+    channels: int
+
+    def __str__(self) -> str:
+        return f"{self.buffer}[{self.first}:{self.first + self.channels}]"
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A 1x1 convolution of a convolution's own sources, stored to be added by the block's second convolution."""
+
+    weights: str
+    out: Slice
+    relu: bool  # before it is stored
+    scaled: bool  # whether it reads the recalibrated sources too
+
+
+@dataclass(frozen=True)
+class Convolve:
+    """out = relu(convolution of the concatenated sources + bias), of ``size`` 3 with zero padding, or 1.
+
+    ``scale`` [N, channels of all sources] multiplies the channels of the sources. ``residual`` adds what ``out`` holds
+    already, "before" the ReLU or "after" it. ``pooled`` takes the maxima of 2x2 pixels of ``out``, ``sums`` its sums.
+    """
+
+    level: int
+    weights: str
+    size: int
+    sources: tuple[Slice, ...]
+    out: Slice
+    relu: bool = True
+    scale: Slice | None = None
+    shortcut: Shortcut | None = None
+    residual: str | None = None
+    pooled: Slice | None = None
+    sums: Slice | None = None
+
+    @property
+    def channels(self) -> int:
+        return sum(source.channels for source in self.sources)
+
+
+@dataclass(frozen=True)
+class Attend:
+    """The attention map: sigmoid(psi relu(W_x row + up(below))), where ``below`` is W_y y at low resolution.
+
+    ``each`` applies ReLU to either term, not to their sum (the letter of the paper's equation 1).
+    """
+
+    level: int
+    project: str  # weights of W_x
+    weights: str  # of psi
+    row: Slice
+    below: Slice
+    out: Slice
+    each: bool
+
+
+@dataclass(frozen=True)
+class Gate:
+    """out = (1 + attention) * up(below), or up(below) alone; ``sums`` takes the sums of ``out`` over its pixels."""
+
+    level: int
+    below: Slice
+    out: Slice
+    attention: Slice | None = None
+    sums: Slice | None = None
+
+
+@dataclass(frozen=True)
+class Excite:
+    """out = sigmoid(W_2 relu(W_1 means)), the means being those of the concatenated ``sums``."""
+
+    level: int
+    weights: str
+    sums: tuple[Slice, ...]
+    out: Slice
+
+
+@dataclass(frozen=True)
+class Head:
+    """A 3x3 convolution to logits; into a mask, where they exceed ``threshold``."""
+
+    level: int
+    weights: str
+    source: Slice
+    out: Slice
+    threshold: Slice | None = None
+
+
+Step = Convolve | Attend | Gate | Excite | Head
+
+
+def reads(step: Step) -> list[Slice]:
+    """What a step reads."""
+    found = [s for name in ("sources", "sums") if isinstance(s := getattr(step, name, None), tuple)]
+    slices = [s for group in found for s in group]
+    slices += [
+        s for n in ("scale", "row", "below", "attention", "source", "threshold") if (s := getattr(step, n, None))
+    ]
+    return slices + ([step.out] if getattr(step, "residual", None) else [])
+
+
+def writes(step: Step) -> list[Slice]:
+    """What a step writes."""
+    slices = [s for n in ("out", "pooled", "sums") if isinstance(s := getattr(step, n, None), Slice)]
+    shortcut = getattr(step, "shortcut", None)
+    return slices + ([shortcut.out] if shortcut else [])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in the order in which they run, and the buffers that they name.
+
+    ``outputs`` are read by the caller: the heads, the last one last, and the attention maps where they are asked for.
+    """
+
+    buffers: dict[str, Buffer]
+    steps: tuple[Step, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @cached_property
+    def lifetimes(self) -> dict[str, tuple[int, int]]:
+        """The first and the last step in which a buffer holds something."""
+        lives = {name: (-1, -1) for name in self.inputs}
+        for number, step in enumerate(self.steps):
+            for used in [*reads(step), *writes(step)]:
+                lives[used.buffer] = (lives.get(used.buffer, (number,))[0], number)
+        return lives | {name: (lives[name][0], len(self.steps)) for name in self.outputs}
+
+
+def build(net: SCOATNet, mask: bool = False, attention: bool = False) -> Plan:
+    """The plan of a network's forward pass.
+
+    Args:
+        net: only its form is read; its weights are named as its modules are (see ``pack``).
+        mask: the last head gives a mask, and no other head runs; else logits of all heads that the network returns.
+        attention: keep the attention maps until the end.
+    """
+    return _Builder(net, mask, attention).plan()
+
+
+class _Builder:
+    def __init__(self, net: SCOATNet, mask: bool, attention: bool):
+        self.net, self.mask, self.attention = net, mask, attention
+        self.width = [net.width * 2**i for i in range(LEVELS)]
+        self.paper, self.residual = net.equations == "paper", net.block == "res"
+        self.buffers: dict[str, Buffer] = {}
+        self.steps: list[Step] = []
+
+    def plan(self) -> Plan:
+        outputs = []
+        pooled = self.new("input", "features", self.net.in_channels, 0)
+        inputs = ["input"]
+        if self.mask:
+            inputs.append(self.new("threshold", "threshold", 1, 0).buffer)
+        for i in range(LEVELS):
+            below = self.new(f"pool{i + 1}", "features", self.width[i], i + 1) if i < LEVELS - 1 else None
+            self.block(i, 0, (pooled,), pooled=below)
+            pooled = below
+        for j in range(1, LEVELS):
+            for i in reversed(range(1, LEVELS - j)):
+                self.inner_node(i, j)
+        for j in range(1, LEVELS):  # the largest buffers last, when most others are free again
+            self.inner_node(0, j)
+            outputs += self.head(j)
+        if self.attention:
+            outputs += [f"attention{i}_{j}" for i, j in ATTENTION_NODES]
+        return Plan(self.buffers, tuple(self.steps), tuple(inputs), tuple(outputs))
+
+    def new(self, name: str, kind: str, channels: int, level: int) -> Slice:
+        self.buffers.setdefault(name, Buffer(kind, channels, level))
+        return Slice(name, 0, channels)
+
+    def node(self, i: int, j: int) -> Slice:
+        """Where ``x[i, j]`` lies. The last node of a row is read by the level above alone, and stands alone."""
+        c, last = self.width[i], LEVELS - 1 - i
+        if j == last:
+            return self.new(f"x{i}_{j}", "features", c, i)
+        self.new(f"row{i}", "features", last * c, i)
+        return Slice(f"row{i}", j * c, c)
+
+    def row(self, i: int, j: int) -> Slice:
+        """The nodes ``x[i, 0]`` to ``x[i, j - 1]``, side by side."""
+        return Slice(f"row{i}", 0, j * self.width[i])
+
+    def sums(self, i: int, j: int) -> Slice | None:
+        """Where the sums of a node that gets recalibrated lie."""
+        last = LEVELS - 1 - i
+        if i == 0 or j == last:
+            return None
+        self.new(f"sums{i}", "sums", last * self.width[i], i)
+        return Slice(f"sums{i}", j * self.width[i], self.width[i])
+
+    def block(
+        self, i: int, j: int, sources: tuple[Slice, ...], scale: Slice | None = None, pooled: Slice | None = None
+    ):
+        """The two convolutions of a node."""
+        name, out, gated = f"conv{i}_{j}", self.node(i, j), scale is not None
+        between = self.new(f"between{i}_{j}", "features", self.width[i], i)
+        shortcut = residual = None
+        if gated or self.residual:
+            apart = gated and self.paper
+            shortcut = Shortcut(f"{name}.downsample", out, relu=apart, scaled=gated and not apart)
+            residual = "after" if apart else "before"
+        self.steps.append(Convolve(i, f"{name}.conv1", 3, sources, between, scale=scale, shortcut=shortcut))
+        self.steps.append(
+            Convolve(i, f"{name}.conv2", 3, (between,), out, residual=residual, pooled=pooled, sums=self.sums(i, j))
+        )
+
+    def inner_node(self, i: int, j: int) -> None:
+        row, below, name = self.row(i, j), self.node(i + 1, j - 1), f"{i}_{j}"
+        gated = self.new(f"gated{name}", "features", below.channels, i)
+        if i == 0:
+            self.steps.append(Gate(0, below, gated))
+            self.block(0, j, (row, gated))
+            return
+        projected = self.new(f"projected{name}", "features", self.width[i], i + 1)
+        attention = self.new(f"attention{name}", "map", 1, i)
+        sums = self.new(f"gated_sums{name}", "sums", below.channels, i)
+        scale = self.new(f"scale{name}", "scale", row.channels + below.channels, i)
+        self.steps += [
+            Convolve(i + 1, f"att{name}.W_y", 1, (below,), projected, relu=False),
+            Attend(i, f"att{name}.W_x", f"att{name}.active", self.node(i, j - 1), projected, attention, self.paper),
+            Gate(i, below, gated, attention, sums),
+            Excite(i, f"conv{name}.ca", (Slice(f"sums{i}", 0, row.channels), sums), scale),
+        ]
+        self.block(i, j, (row, gated), scale)
+
+    def head(self, j: int) -> list[str]:
+        """The output on ``x[0, j]``, where there is one."""
+        net, last = self.net, j == LEVELS - 1
+        if not last and (self.mask or not net.deep_supervision):
+            return []
+        name, classes = f"final{j}" if net.has_heads else "final", net.out_channels
+        if self.mask:
+            out, threshold = self.new("mask", "mask", classes, 0), Slice("threshold", 0, 1)
+        else:
+            out, threshold = self.new(f"logits{j}", "logits", classes, 0), None
+        self.steps.append(Head(0, name, self.node(0, j), out, threshold))
+        return [out.buffer]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step must do for a batch: floating-point operations, and bytes read and written once each.
+
+    ``ideal_bytes`` are those of a step that takes what it reads from below at low resolution, and so needs no buffer
+    for it: the floor that a figure of percent refers to.
+    """
+
+    flops: int
+    bytes: int
+    ideal_bytes: int
+
+    def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """The least time on a machine, whichever of the two takes longer."""
+        return max(self.ideal_bytes / bytes_per_second, self.flops / flops_per_second)
+
+
+def cost(plan: Plan, step: Step, n: int, height: int, width: int, itemsize: int) -> Cost:
+    """The cost of a step for ``n`` slices of ``height`` x ``width``, with features of ``itemsize`` bytes."""
+    pixels = n * math.prod(size >> step.level for size in (height, width))
+    upsampled = {other.out.buffer: other.below for other in plan.steps if isinstance(other, Gate)}
+
+    def size_of(slices: list[Slice]) -> Iterator[tuple[int, int]]:
+        for used in slices:
+            buffer, low = plan.buffers[used.buffer], upsampled.get(used.buffer)
+            whole = _bytes(buffer, used, n, height, width, itemsize)
+            yield whole, whole if low is None else _bytes(plan.buffers[low.buffer], low, n, height, width, itemsize)
+
+    flops, parameters = 0, 0
+    if isinstance(step, Convolve):
+        weights = step.size**2 * step.channels * step.out.channels
+        weights += step.channels * step.out.channels if step.shortcut else 0
+        flops, parameters = 2 * pixels * weights, weights
+    elif isinstance(step, Attend):
+        parameters = step.row.channels**2
+        flops = 2 * pixels * (parameters + 5 * step.row.channels)
+    elif isinstance(step, Gate):
+        flops = 2 * pixels * 4 * step.out.channels
+    elif isinstance(step, Head):
+        parameters = 9 * step.source.channels * step.out.channels
+        flops = 2 * pixels * parameters
+    read, written = list(size_of(reads(step))), list(size_of(writes(step)))
+    whole, ideal = (sum(pair[which] for pair in [*read, *written]) for which in (0, 1))
+    if isinstance(step, Gate):
+        ideal = 0
+    return Cost(flops, whole + parameters * itemsize, ideal + parameters * itemsize)
+
+
+def _bytes(buffer: Buffer, used: Slice, n: int, height: int, width: int, itemsize: int) -> int:
+    pixels = (height >> buffer.level) * (width >> buffer.level)
+    size = {"features": itemsize * pixels, "map": itemsize * pixels, "logits": 4 * pixels, "mask": pixels}
+    return n * used.channels * size.get(buffer.kind, 4)
+
+
+def summary(step: Step) -> str:
+    """A step in one line: what it reads, and where its results go."""
+    parts = [type(step).__name__.lower()]
+    if isinstance(step, Convolve):
+        parts[0] += f" {step.size}x{step.size}"
+    sources = " + ".join(str(used) for used in reads(step))
+    return f"{parts[0]:13}{sources} -> {', '.join(str(used) for used in writes(step))}"

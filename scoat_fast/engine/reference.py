@@ -1,0 +1,123 @@
+"""The plan in operators of PyTorch, on any device and in any dtype: the definition of what each step does.
+
+A backend is a module with these four functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .pack import Weights
+from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
+
+View = Callable[[Slice], Tensor]  # the memory of a slice; features as [N, H, W, C]
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run on a device in a dtype, or None where it can."""
+    return None
+
+
+def parts(step: Step, height: int, width: int) -> int:
+    """In how many parts a step leaves sums over ``height`` x ``width`` pixels."""
+    return 1
+
+
+def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
+    """What a step needs of the weights, laid out for this backend: once for all shapes."""
+    exact = torch.promote_types(dtype, torch.float32)
+    wanted = {
+        Convolve: lambda: [step.weights, *([step.shortcut.weights] if step.shortcut else [])],
+        Attend: lambda: [step.project, step.weights],
+        Gate: lambda: [],
+    }.get(type(step), lambda: [step.weights])()
+    kind = exact if isinstance(step, Excite) else dtype
+    return {name: tuple(x.to(device, kind) for x in weights[name]) for name in wanted}
+
+
+def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
+    """A call that runs a step on the memory that ``view`` gives; a slice has ``pixels`` on the step's level."""
+    if isinstance(step, Excite):
+        return _excite(step, weights, view, pixels)
+    return {Convolve: _convolve, Attend: _attend, Gate: _gate, Head: _head}[type(step)](step, weights, view)
+
+
+def _convolve(step: Convolve, weights: Weights, view: View) -> Callable[[], None]:
+    def run() -> None:
+        given = torch.cat([_channels_first(view(source)) for source in step.sources], 1)
+        x = given if step.scale is None else given * view(step.scale)[:, :, None, None].to(given.dtype)
+        y = F.conv2d(x, *weights[step.weights], padding=step.size // 2)
+        out = _channels_first(view(step.out))
+        if step.residual == "before":
+            y = y + out
+        if step.relu:
+            y = F.relu(y)
+        if step.residual == "after":
+            y = y + out
+        if step.shortcut is not None:
+            shortcut = F.conv2d(x if step.shortcut.scaled else given, *weights[step.shortcut.weights])
+            _channels_first(view(step.shortcut.out)).copy_(F.relu(shortcut) if step.shortcut.relu else shortcut)
+        out.copy_(y)
+        if step.pooled is not None:
+            _channels_first(view(step.pooled)).copy_(F.max_pool2d(y, 2))
+        if step.sums is not None:
+            _sum(y, view(step.sums))
+
+    return run
+
+
+def _attend(step: Attend, weights: Weights, view: View) -> Callable[[], None]:
+    def run() -> None:
+        from_row = F.conv2d(_channels_first(view(step.row)), *weights[step.project])
+        from_below = _up(_channels_first(view(step.below)))
+        joined = F.relu(from_row) + F.relu(from_below) if step.each else F.relu(from_row + from_below)
+        view(step.out).copy_(F.conv2d(joined, *weights[step.weights]).sigmoid()[:, 0])
+
+    return run
+
+
+def _gate(step: Gate, weights: Weights, view: View) -> Callable[[], None]:
+    def run() -> None:
+        y = _up(_channels_first(view(step.below)))
+        if step.attention is not None:
+            y = y * (1 + view(step.attention)[:, None])
+        _channels_first(view(step.out)).copy_(y)
+        if step.sums is not None:
+            _sum(y, view(step.sums))
+
+    return run
+
+
+def _excite(step: Excite, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
+    squeeze, stretch = weights[step.weights]
+
+    def run() -> None:
+        means = torch.cat([view(sums).sum(1) for sums in step.sums], 1) / pixels
+        view(step.out).copy_(F.linear(F.relu(F.linear(means, squeeze)), stretch).sigmoid())
+
+    return run
+
+
+def _head(step: Head, weights: Weights, view: View) -> Callable[[], None]:
+    def run() -> None:
+        logits = F.conv2d(_channels_first(view(step.source)), *weights[step.weights], padding=1)
+        view(step.out).copy_(logits if step.threshold is None else logits > view(step.threshold))
+
+    return run
+
+
+def _sum(y: Tensor, sums: Tensor) -> None:  # [N, C, H, W], [N, parts, C]
+    sums.zero_()
+    sums[:, 0] = y.sum((2, 3), dtype=sums.dtype)
+
+
+def _up(y: Tensor) -> Tensor:
+    return F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)

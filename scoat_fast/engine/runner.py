@@ -1,0 +1,343 @@
+"""A plan on a device, ready for batches."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layers import pad_to_multiple
+from ..model import ATTENTION_NODES, LEVELS, SCOATNet
+from ..ops._backend import disabled
+from . import plan as plans
+from .pack import pack
+from .plan import Plan, Slice, Step
+
+ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+BACKENDS = ("reference", "cpu", "triton")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BATCH_SIZES = {"cuda": (1, 8, 32), "cpu": (1,)}  # a CPU is not faster with more slices at once: they leave its caches
+SIZE = 512
+ALIGNMENT = 256  # bytes
+FACTOR = 2 ** (LEVELS - 1)  # height and width of a plan are multiples of this
+
+
+@dataclass(frozen=True)
+class EngineParity:
+    """How far an engine is from its network on a batch.
+
+    ``error`` is the largest difference of two logits, ``relative`` that as a share of the network's largest logit, and
+    ``dice`` the overlap of the two masks: 1 where they are equal, as two empty ones are.
+    """
+
+    error: float
+    relative: float
+    dice: float
+
+
+def compile(
+    net: SCOATNet,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    size: int | tuple[int, int] | None = None,
+) -> Engine:
+    """Turns a trained network into its fastest forward pass. The network stays as it is.
+
+    Args:
+        net: in evaluation mode or not: the engine computes what evaluation mode gives.
+        device: where the engine runs; the network's own by default.
+        dtype: float64, float32, float16 or bfloat16; by default bfloat16 on GPUs that have it (float16 on older
+            ones), float32 elsewhere. All sums are in float32, or float64.
+        backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
+        batch_sizes: how many slices run at once. A batch of another size is cut into these, and its tail is padded.
+            By default 1, 8 and 32 on a GPU, 1 on a CPU.
+        size: height and width for which everything is prepared, so that the first batch is fast; by default what the
+            weights were trained on, or 512. Other sizes are prepared when they first come.
+
+    Raises:
+        RuntimeError: if the backend that was asked for cannot run here, with the reason.
+        ValueError: for an argument out of its range.
+        WeightsError: if the network's weights are not finite.
+    """
+    device = _indexed(torch.device(device) if device is not None else next(net.parameters()).device)
+    if dtype is None:
+        dtype = torch.float32
+        if device.type == "cuda":
+            dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if dtype not in DTYPES:
+        raise ValueError(f"the dtype must be one of {', '.join(str(d)[6:] for d in DTYPES)}, got {dtype}")
+    batch_sizes = BATCH_SIZES.get(device.type, (1,)) if batch_sizes is None else batch_sizes
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch sizes from 1 on are wanted, got {batch_sizes}")
+    size = getattr(getattr(net, "pretrained", None), "size", SIZE) if size is None else size
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"a height and width from 1 on are wanted, got {size}")
+    return Engine(net, device, dtype, backend, batch_sizes, (height, width))
+
+
+class Engine:
+    """A trained network as its fastest forward pass; see ``scoat_fast.compile``, which makes one.
+
+    An engine holds its own copy of the weights, and memory that all its calls use: several threads may call it, one
+    after the other is served.
+    """
+
+    def __init__(
+        self,
+        net: SCOATNet,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str | None,
+        batch_sizes: Sequence[int],
+        size: tuple[int, int],
+    ):
+        self.net, self.device, self.dtype, self.batch_sizes = net, device, dtype, tuple(sorted(set(batch_sizes)))
+        self.size, self.in_channels = size, net.in_channels
+        self.backend, self._module, self.refusals = _choose(backend, device, dtype)
+        self._weights, self._packed = pack(net), {}
+        self._plans = {key: plans.build(net, *key) for key in ((False, False), (False, True), (True, False))}
+        self._listed = net.deep_supervision
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._ready: dict[tuple, _Prepared] = {}
+        self._lock = threading.Lock()
+        for n in reversed(self.batch_sizes):  # the largest first: the others fit in its memory
+            for key in ((False, False), (True, False)):
+                self._prepare(n, *_padded(*size), *key)
+
+    @property
+    def plan(self) -> Plan:
+        """The steps to the logits."""
+        return self._plans[False, False]
+
+    def __call__(
+        self, batch: Tensor, return_attention: bool = False
+    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], dict[str, Tensor]]:
+        """What the network gives for a batch, within the rounding of the engine's dtype.
+
+        Args:
+            batch: [N, in_channels, H, W] on the engine's device, of any float dtype, H and W from 1.
+            return_attention: also return the six attention maps.
+
+        Returns:
+            As ``SCOATNet.forward``; float32, float64 from an engine of float64.
+        """
+        found = self._run(batch, mask=False, attention=return_attention)
+        heads = len(found) - (len(ATTENTION_NODES) if return_attention else 0)
+        height, width = batch.shape[2:]
+        logits = [x[:, :, :height, :width].contiguous() for x in found[:heads]]
+        output = logits if self._listed else logits[-1]
+        if not return_attention:
+            return output
+        maps = {}
+        for (i, j), x in zip(ATTENTION_NODES, found[heads:], strict=True):
+            maps[f"x{i}{j}"] = x[:, None, : -(-height // 2**i), : -(-width // 2**i)].to(logits[-1].dtype).contiguous()
+        return output, maps
+
+    def mask(self, batch: Tensor, threshold: float = 0.5) -> Tensor:
+        """Where the probability of each class exceeds ``threshold``: uint8, 0 or 1, [N, out_channels, H, W]."""
+        if not 0 < threshold < 1:
+            raise ValueError(f"the threshold must lie between 0 and 1, got {threshold}")
+        (found,) = self._run(batch, mask=True, threshold=math.log(threshold / (1 - threshold)))
+        return found[:, :, : batch.shape[2], : batch.shape[3]].contiguous()
+
+    @torch.no_grad()
+    def parity(self, batch: Tensor, threshold: float = 0.5) -> EngineParity:
+        """Compares with the network as it is now, on a batch as the network takes it."""
+        parameter = next(self.net.parameters())
+        was_training = self.net.training
+        exact = self.net.eval()(batch.to(parameter.device, parameter.dtype))
+        self.net.train(was_training)
+        exact = (exact[-1] if isinstance(exact, list) else exact).to(self.device, torch.float64)
+        batch = batch.to(self.device)
+        ours = self(batch)
+        error = ((ours[-1] if isinstance(ours, list) else ours).double() - exact).abs().max().item()
+        mask, wanted = self.mask(batch, threshold).bool(), exact > math.log(threshold / (1 - threshold))
+        both = int(mask.sum() + wanted.sum())
+        return EngineParity(
+            error, error / exact.abs().max().item(), 2 * int((mask & wanted).sum()) / both if both else 1.0
+        )
+
+    @torch.no_grad()
+    def _run(self, batch: Tensor, mask: bool, attention: bool = False, threshold: float = 0.0) -> list[Tensor]:
+        """The plan's outputs for a batch of any size, [N, ...] at the padded size."""
+        self._check(batch)
+        done: list[list[Tensor]] = []
+        with self._lock:
+            start = 0
+            while start < len(batch) or not done:
+                left = len(batch) - start
+                n = next((size for size in self.batch_sizes if size >= left), self.batch_sizes[-1])
+                given = pad_to_multiple(batch[start : start + n], FACTOR)
+                prepared = self._prepare(n, *given.shape[2:], mask, attention)
+                done.append([x[: len(given)].clone() for x in prepared(given, threshold)])
+                start += n
+        return done[0] if len(done) == 1 else [torch.cat(parts) for parts in zip(*done, strict=True)]
+
+    def _check(self, batch: Tensor) -> None:
+        if batch.ndim != 4 or batch.shape[1] != self.in_channels or 0 in batch.shape[2:]:
+            raise ValueError(f"the engine wants [N, {self.in_channels}, H, W], got {tuple(batch.shape)}")
+        if batch.device != self.device:
+            raise ValueError(f"the engine is on {self.device}, the batch on {batch.device}")
+        if not batch.is_floating_point():
+            raise ValueError(f"the engine wants floating-point numbers, got {batch.dtype}")
+
+    def _prepare(self, n: int, height: int, width: int, mask: bool, attention: bool) -> _Prepared:
+        key = (n, height, width, mask, attention)
+        if key not in self._ready:
+            plan = self._plans[mask, attention]
+            layout = lay_out(plan, self._module.parts, n, height, width, self.dtype)
+            if layout.bytes > self._memory.numel():
+                self._ready.clear()  # what they hold is given back before more is asked for
+                self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+                self._memory = torch.zeros(layout.bytes, dtype=torch.uint8, device=self.device)
+            calls = []
+            tensors = layout.tensors(self._memory)
+            for step in plan.steps:
+                if step not in self._packed:
+                    self._packed[step] = self._module.prepare(step, self._weights, self.device, self.dtype)
+                pixels = (height >> step.level) * (width >> step.level)
+                calls.append(self._module.bind(step, self._packed[step], _view(plan, tensors), pixels))
+            self._ready[key] = _Prepared(tensors, calls, plan)
+        return self._ready[key]
+
+    def __str__(self) -> str:
+        from .describe import describe
+
+        return describe(self)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the buffers of a plan lie for one shape: offset in bytes, shape and dtype of each."""
+
+    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]]
+    bytes: int
+
+    def tensors(self, memory: Tensor) -> dict[str, Tensor]:
+        """The buffers as views of ``memory``."""
+        return {
+            name: memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, (start, shape, dtype) in self.places.items()
+        }
+
+
+def lay_out(
+    plan: Plan, parts: Callable[[Step, int, int], int], n: int, height: int, width: int, dtype: torch.dtype
+) -> Layout:
+    """Places buffers so that those which live at the same time do not overlap, large ones first."""
+    exact = torch.promote_types(dtype, torch.float32)
+    divided = {step.sums.buffer: parts(step, height >> step.level, width >> step.level) for step in plan.steps
+               if isinstance(getattr(step, "sums", None), Slice)}  # fmt: skip
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, buffer in plan.buffers.items():
+        c, h, w = buffer.channels, height >> buffer.level, width >> buffer.level
+        shapes[name] = {
+            "features": ((n, h, w, c), dtype),
+            "map": ((n, h, w), dtype),
+            "sums": ((n, divided.get(name, 1), c), exact),
+            "scale": ((n, c), exact),
+            "logits": ((n, c, h, w), exact),
+            "mask": ((n, c, h, w), torch.uint8),
+            "threshold": ((1,), exact),
+        }[buffer.kind]
+    sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in shapes.items()}
+    starts: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        born, dead = plan.lifetimes[name]
+        beside = [o for o in starts if plan.lifetimes[o][0] <= dead and plan.lifetimes[o][1] >= born]
+        start = 0
+        for other in sorted(beside, key=starts.__getitem__):
+            if start + sizes[name] <= starts[other]:
+                break
+            start = max(start, -(-(starts[other] + sizes[other]) // ALIGNMENT) * ALIGNMENT)
+        starts[name] = start
+    return Layout({name: (starts[name], *shapes[name]) for name in sizes}, max(starts[n] + sizes[n] for n in sizes))
+
+
+class _Prepared:
+    """A plan bound to memory; on a GPU, as a CUDA graph."""
+
+    def __init__(self, tensors: dict[str, Tensor], calls: list[Callable[[], None]], plan: Plan):
+        self._calls, self._input, self._threshold = calls, tensors["input"], tensors.get("threshold")
+        self._outputs = [tensors[name] for name in plan.outputs]
+        self._graph = None
+        if self._input.is_cuda:
+            self._capture()
+
+    def __call__(self, given: Tensor, threshold: float) -> list[Tensor]:
+        self._input[: len(given)].copy_(given.permute(0, 2, 3, 1))
+        if self._threshold is not None:
+            self._threshold.fill_(threshold)
+        if self._graph is None:
+            self._go()
+        else:
+            self._graph.replay()
+        return self._outputs
+
+    def _go(self) -> None:
+        for call in self._calls:
+            call()
+
+    def _capture(self) -> None:
+        """Runs once, so that kernels are compiled, and then records."""
+        device = self._input.device
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), torch.no_grad():
+                self._go()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph), torch.no_grad():
+                self._go()
+
+
+def _view(plan: Plan, tensors: dict[str, Tensor]) -> Callable[[Slice], Tensor]:
+    def view(used: Slice) -> Tensor:
+        whole = tensors[used.buffer]
+        if plan.buffers[used.buffer].kind in ("features", "sums", "scale"):
+            return whole[..., used.first : used.first + used.channels]
+        return whole
+
+    return view
+
+
+def _choose(wanted: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, ModuleType, dict[str, str]]:
+    """The backend that runs here, and the reasons against those before it. One that is asked for must run."""
+    if wanted is not None and wanted not in BACKENDS:
+        raise ValueError(f"the backend must be one of {BACKENDS}, got {wanted!r}")
+    refusals: dict[str, str] = {}
+    for name in ORDER.get(device.type, ("reference",)) if wanted is None else (wanted,):
+        reason = disabled("engine", name)
+        if reason is None:
+            try:
+                module = importlib.import_module(f"{__package__}.{name}")
+                reason = module.why_not(device, dtype)
+            except ImportError as error:
+                reason = f"cannot be loaded: {error}"
+        if reason is None:
+            return name, module, refusals
+        refusals[name] = reason
+    raise RuntimeError(f"engine: {'; '.join(f'{name} {reason}' for name, reason in refusals.items())}")
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """A device as tensors name it: CUDA has a number there."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _padded(height: int, width: int) -> tuple[int, int]:
+    return -(-height // FACTOR) * FACTOR, -(-width // FACTOR) * FACTOR
