@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "engine.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -48,6 +49,86 @@ void define(py::module_& module, const char* name, Launch launch) {
       py::arg("sums") = 0, py::arg("sum_channels") = 0, py::arg("where"));
 }
 
+// Features as Python passes them: address, three steps and channels; None where there are none.
+Features features(const Tensor& tensor) {
+  if (!tensor) return {nullptr, 0, 0, 0, 0};
+  const auto& t = *tensor;
+  return {reinterpret_cast<float*>(t[0]), t[1], t[2], t[3], t[4]};
+}
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Size = std::array<int64_t, 3>;      // slices, height and width
+using Packed = std::array<uintptr_t, 2>;  // weights and bias
+
+Panels panels(const Packed& packed) { return {pointer<const float>(packed[0]), pointer<const float>(packed[1])}; }
+
+// The steps of the inference engine.
+void define_steps(py::module_& module) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  module.def("panel", &cpu::panel);
+  module.def(
+      "convolve",
+      [](const Size& size, int64_t tiles, const Tensor& first, const Tensor& second, uintptr_t scale,
+         const Packed& packed, const Tensor& out, bool relu, bool residual_before, bool residual_after,
+         const Tensor& pooled, uintptr_t sums, int64_t sum_channels, const Packed& shortcut, const Tensor& shortcut_out,
+         bool shortcut_relu, bool shortcut_scaled, int threads) {
+        cpu::convolve({size[0],
+                       size[1],
+                       size[2],
+                       tiles,
+                       {features(first), features(second)},
+                       pointer<const float>(scale),
+                       panels(packed),
+                       features(out),
+                       relu,
+                       residual_before,
+                       residual_after,
+                       features(pooled),
+                       pointer<float>(sums),
+                       sum_channels,
+                       panels(shortcut),
+                       features(shortcut_out),
+                       shortcut_relu,
+                       shortcut_scaled},
+                      threads);
+      },
+      py::kw_only(), py::arg("size"), py::arg("tiles"), py::arg("first"), py::arg("second"), py::arg("scale"),
+      py::arg("packed"), py::arg("out"), py::arg("relu"), py::arg("residual_before"), py::arg("residual_after"),
+      py::arg("pooled"), py::arg("sums"), py::arg("sum_channels"), py::arg("shortcut"), py::arg("shortcut_out"),
+      py::arg("shortcut_relu"), py::arg("shortcut_scaled"), py::arg("threads"), Release());
+  module.def(
+      "project",
+      [](const Size& size, const Tensor& source, const Packed& packed, const Tensor& out, int threads) {
+        cpu::project({size[0], size[1], size[2], features(source), panels(packed), features(out)}, threads);
+      },
+      py::kw_only(), py::arg("size"), py::arg("source"), py::arg("packed"), py::arg("out"), py::arg("threads"),
+      Release());
+  module.def(
+      "attend",
+      [](const Size& size, const Tensor& row, const Tensor& below, const Packed& packed, uintptr_t psi, float bias,
+         bool each, uintptr_t map, int threads) {
+        cpu::attend({size[0], size[1], size[2], features(row), features(below), panels(packed),
+                     pointer<const float>(psi), bias, each, pointer<float>(map)},
+                    threads);
+      },
+      py::kw_only(), py::arg("size"), py::arg("row"), py::arg("below"), py::arg("packed"), py::arg("psi"),
+      py::arg("bias"), py::arg("each"), py::arg("map"), py::arg("threads"), Release());
+  module.def(
+      "output",
+      [](const Size& size, int64_t tiles, const Tensor& source, int64_t classes, const Packed& packed, uintptr_t logits,
+         uintptr_t mask, uintptr_t threshold, int threads) {
+        cpu::output({size[0], size[1], size[2], tiles, features(source), classes, panels(packed),
+                     pointer<float>(logits), pointer<uint8_t>(mask), pointer<const float>(threshold)},
+                    threads);
+      },
+      py::kw_only(), py::arg("size"), py::arg("tiles"), py::arg("source"), py::arg("classes"), py::arg("packed"),
+      py::arg("logits"), py::arg("mask"), py::arg("threshold"), py::arg("threads"), Release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -62,6 +143,7 @@ PYBIND11_MODULE(_C, module) {
   });
   SCOAT_KERNELS(SCOAT_DEFINE)
 #undef SCOAT_DEFINE
+  define_steps(on_cpu);
 #ifdef SCOAT_CUDA
   auto on_cuda = module.def_submodule("cuda", "`where` is the stream.");
   on_cuda.def("tiles", &cuda::tiles);

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "SCOATNet": "model",
     "Segmentation": "segmentation.inference",
+    "compile": "engine.runner",
     "segment": "segmentation.inference",
     "BadInputError": "errors",
     "OutputError": "errors",

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from scoat_fast import ops
-from scoat_fast.bench import calls, check, clock, machine, table
+from scoat_fast import clock, ops
+from scoat_fast.bench import calls, check, machine, table
 from scoat_fast.bench.chart import draw
 from scoat_fast.bench.ops import Plan, passed, run
 from scoat_fast.errors import BadInputError, OutputError, ScoatFastError

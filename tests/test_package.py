@@ -22,11 +22,13 @@ MAY_IMPORT = {
     "layers": {"ops"},
     "model": {"layers", "ops", "pretrained"},  # from_pretrained, inside the function
     "pretrained": {"errors", "imaging", "model"},
-    "segmentation": {"errors", "imaging", "model"},
+    "clock": set(),
+    "engine": {"_C", "clock", "errors", "layers", "model", "ops"},
+    "segmentation": {"engine", "errors", "imaging", "model"},
     "train": {"errors", "imaging", "model", "pretrained", "segmentation"},
     "weights": set(),
     "doctor": {"errors", "imaging", "ops"},
-    "bench": {"doctor", "errors", "imaging", "model", "ops"},
+    "bench": {"clock", "doctor", "engine", "errors", "imaging", "model", "ops"},
     "cli": {"bench", "doctor", "errors", "imaging", "segmentation", "train"},
 }
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..clock import copy_gb_per_s, median_ms
 from ..model import SCOATNet
-from .clock import copy_gb_per_s, median_ms
 from .eager import EagerSCOATNet
 from .machine import facts, save
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..clock import copy_gb_per_s, median_ms
 from ..errors import ScoatFastError
 from ..ops._samples import Sample
 from . import check, table
 from .calls import DIRECTIONS, IMPLEMENTATIONS, call_of, gradients_of_outputs, minimal_bytes, refusal
-from .clock import copy_gb_per_s, median_ms
 from .machine import facts, save
 
 BATCHES = {"cuda": (1, 8, 32), "cpu": (1,)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from ..layers import PlainBlock, ResidualBlock, GatedBlock, SpatialAttention
+from ..layers import GatedBlock, PlainBlock, ResidualBlock, SpatialAttention
 from ..model import SCOATNet
 
 Weights = dict[str, tuple[Tensor, Tensor]]

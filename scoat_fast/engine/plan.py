@@ -1,8 +1,8 @@
 """SCOATNet as a list of fused steps over named buffers: pure data, which a person can print and any backend can run.
 
 Feature buffers are [N, H, W, C], dense. The nodes of a row of the grid lie side by side in one buffer, so that a
-convolution over their concatenation reads a slice of it and nothing is copied. What comes from the level below, upsampled
-and gated, is a buffer of its own.
+convolution over their concatenation reads a slice of it and nothing is copied. What comes from the level below,
+upsampled and gated, is a buffer of its own.
 """
 
 from __future__ import annotations
@@ -134,19 +134,30 @@ Step = Convolve | Attend | Gate | Excite | Head
 
 def reads(step: Step) -> list[Slice]:
     """What a step reads."""
-    found = [s for name in ("sources", "sums") if isinstance(s := getattr(step, name, None), tuple)]
-    slices = [s for group in found for s in group]
-    slices += [
-        s for n in ("scale", "row", "below", "attention", "source", "threshold") if (s := getattr(step, n, None))
-    ]
-    return slices + ([step.out] if getattr(step, "residual", None) else [])
+    match step:
+        case Convolve():
+            given = [*step.sources, step.scale, step.out if step.residual else None]
+        case Attend():
+            given = [step.row, step.below]
+        case Gate():
+            given = [step.below, step.attention]
+        case Excite():
+            given = [*step.sums]
+        case Head():
+            given = [step.source, step.threshold]
+    return [used for used in given if used is not None]
 
 
 def writes(step: Step) -> list[Slice]:
     """What a step writes."""
-    slices = [s for n in ("out", "pooled", "sums") if isinstance(s := getattr(step, n, None), Slice)]
-    shortcut = getattr(step, "shortcut", None)
-    return slices + ([shortcut.out] if shortcut else [])
+    match step:
+        case Convolve():
+            taken = [step.out, step.shortcut.out if step.shortcut else None, step.pooled, step.sums]
+        case Gate():
+            taken = [step.out, step.sums]
+        case _:
+            taken = [step.out]
+    return [used for used in taken if used is not None]
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ class Plan:
     @cached_property
     def lifetimes(self) -> dict[str, tuple[int, int]]:
         """The first and the last step in which a buffer holds something."""
-        lives = {name: (-1, -1) for name in self.inputs}
+        lives = dict.fromkeys(self.inputs, (-1, -1))
         for number, step in enumerate(self.steps):
             for used in [*reads(step), *writes(step)]:
                 lives[used.buffer] = (lives.get(used.buffer, (number,))[0], number)
@@ -311,19 +322,19 @@ def cost(plan: Plan, step: Step, n: int, height: int, width: int, itemsize: int)
             whole = _bytes(buffer, used, n, height, width, itemsize)
             yield whole, whole if low is None else _bytes(plan.buffers[low.buffer], low, n, height, width, itemsize)
 
-    flops, parameters = 0, 0
-    if isinstance(step, Convolve):
-        weights = step.size**2 * step.channels * step.out.channels
-        weights += step.channels * step.out.channels if step.shortcut else 0
-        flops, parameters = 2 * pixels * weights, weights
-    elif isinstance(step, Attend):
-        parameters = step.row.channels**2
-        flops = 2 * pixels * (parameters + 5 * step.row.channels)
-    elif isinstance(step, Gate):
-        flops = 2 * pixels * 4 * step.out.channels
-    elif isinstance(step, Head):
-        parameters = 9 * step.source.channels * step.out.channels
-        flops = 2 * pixels * parameters
+    flops = parameters = 0
+    match step:
+        case Convolve():
+            parameters = (step.size**2 + bool(step.shortcut)) * step.channels * step.out.channels
+            flops = 2 * pixels * parameters
+        case Attend():
+            parameters = step.row.channels**2
+            flops = 2 * pixels * (parameters + 5 * step.row.channels)
+        case Gate():
+            flops = 2 * pixels * 4 * step.out.channels
+        case Head():
+            parameters = 9 * step.source.channels * step.out.channels
+            flops = 2 * pixels * parameters
     read, written = list(size_of(reads(step))), list(size_of(writes(step)))
     whole, ideal = (sum(pair[which] for pair in [*read, *written]) for which in (0, 1))
     if isinstance(step, Gate):

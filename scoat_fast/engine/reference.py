@@ -30,11 +30,15 @@ def parts(step: Step, height: int, width: int) -> int:
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
     """What a step needs of the weights, laid out for this backend: once for all shapes."""
     exact = torch.promote_types(dtype, torch.float32)
-    wanted = {
-        Convolve: lambda: [step.weights, *([step.shortcut.weights] if step.shortcut else [])],
-        Attend: lambda: [step.project, step.weights],
-        Gate: lambda: [],
-    }.get(type(step), lambda: [step.weights])()
+    match step:
+        case Convolve():
+            wanted = [step.weights, *([step.shortcut.weights] if step.shortcut else [])]
+        case Attend():
+            wanted = [step.project, step.weights]
+        case Gate():
+            wanted = []
+        case _:
+            wanted = [step.weights]
     kind = exact if isinstance(step, Excite) else dtype
     return {name: tuple(x.to(device, kind) for x in weights[name]) for name in wanted}
 
@@ -105,7 +109,9 @@ def _excite(step: Excite, weights: Weights, view: View, pixels: int) -> Callable
 def _head(step: Head, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
         logits = F.conv2d(_channels_first(view(step.source)), *weights[step.weights], padding=1)
-        view(step.out).copy_(logits if step.threshold is None else logits > view(step.threshold))
+        view(step.out).copy_(
+            logits if step.threshold is None else ~(logits <= view(step.threshold))
+        )  # NaN: no clean zero
 
     return run
 

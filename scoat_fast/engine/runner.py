@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers import pad_to_multiple
@@ -113,12 +112,22 @@ class Engine:
         self._lock = threading.Lock()
         for n in reversed(self.batch_sizes):  # the largest first: the others fit in its memory
             for key in ((False, False), (True, False)):
-                self._prepare(n, *_padded(*size), *key)
+                self._prepare(n, *self.padded_size, *key)
 
     @property
     def plan(self) -> Plan:
         """The steps to the logits."""
         return self._plans[False, False]
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """The height and width that everything is prepared for, as multiples of 16."""
+        return _padded(*self.size)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all buffers together take."""
+        return self._memory.numel()
 
     def __call__(
         self, batch: Tensor, return_attention: bool = False

@@ -35,11 +35,16 @@ def _why_no_cuda(device: int) -> str | None:
 class Sums:
     """Sums over the pixels of tensors [N, C, H, W], gathered tile by tile and always added in the same order."""
 
-    def __init__(self, x: Tensor, channels: int):
-        """For all ``channels`` of a concatenation with the height and width of ``x``."""
+    def __init__(self, x: Tensor, channels: int, partial: Tensor | None = None):
+        """For all ``channels`` of a concatenation with the height and width of ``x``.
+
+        ``partial`` [N, tiles, channels] is where they go, if that is somebody else's memory.
+        """
         tiles = _kernels(x).tiles(*x.shape[2:])
         self.pixels = x.shape[2] * x.shape[3]
-        self.partial = torch.empty((len(x), tiles, channels), dtype=torch.float32, device=x.device)
+        if partial is None:
+            partial = torch.empty((len(x), tiles, channels), dtype=torch.float32, device=x.device)
+        self.partial = partial
 
     def total(self) -> Tensor:  # [N, C]
         return self.partial.sum(1)

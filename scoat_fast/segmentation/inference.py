@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..engine.runner import compile as compile_network
 from ..errors import BadInputError, ScoatFastError
 from ..imaging.grid import from_square, to_square
 from ..imaging.volume import Turn, check_affine, check_hu, check_mask, check_plane
@@ -21,9 +22,7 @@ from ..model import ATTENTION_NODES, SCOATNet
 from .statistics import check_min_mm3, measure, remove_small
 
 DEFAULT_WEIGHTS = "scoat-w16"
-CPU_BATCH = 1  # more slices at once are slower on a CPU: their features leave its caches
-LARGEST_BATCH = 32
-LIVE_CHANNELS = 40  # float32 maps of width channels at full resolution that a forward pass keeps at its peak, about
+BATCH = {"cuda": 32, "cpu": 1}  # more slices at once are slower on a CPU: their features leave its caches
 
 
 @dataclass
@@ -53,6 +52,8 @@ class Segmenter:
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         batch_size: slices at once, or "auto". A batch that does not fit in the GPU's memory is halved.
 
+    The network runs in an engine (see ``scoat_fast.compile``): bfloat16 on GPUs that have it, float32 elsewhere.
+
     Raises:
         WeightsError: if the weights cannot be used.
         ScoatFastError: if the device is not there.
@@ -71,12 +72,13 @@ class Segmenter:
                 "a network needs pretrained facts (window, size, threshold): see SCOATNet.from_pretrained"
             )
         self.device = find_device(device)
-        self.net = net.float().to(self.device, memory_format=torch.channels_last).eval()
+        self.net = net.float().to(self.device).eval()
         self.pretrained = net.pretrained
         self.window = Window(*self.pretrained.window)
         if batch_size != "auto" and int(batch_size) < 1:
             raise ScoatFastError(f"the batch size must be at least 1, got {batch_size}")
-        self.batch_size = self._fitting_batch() if batch_size == "auto" else int(batch_size)
+        self.batch_size = BATCH[self.device.type] if batch_size == "auto" else int(batch_size)
+        self._make_engine()
 
     def segment(
         self,
@@ -146,7 +148,9 @@ class Segmenter:
                 except torch.OutOfMemoryError:
                     if self.batch_size == 1:
                         raise
-                    self.batch_size = self.batch_size // 2
+                    self.batch_size //= 2
+                    del self.engine  # its memory is given back before more is asked for
+                    self._make_engine()
                     continue
                 found[start : start + len(batch)] = here.cpu().numpy()
                 for name in names:
@@ -160,20 +164,25 @@ class Segmenter:
     def _forward(self, batch: Tensor, spacing: tuple[float, float], attention: bool):
         shape = tuple(batch.shape[1:])
         greys = to_square(batch[:, None].to(self.device), spacing, self.pretrained.size)
-        greys = greys.expand(-1, self.net.in_channels, -1, -1).contiguous(memory_format=torch.channels_last)
-        output = self.net(greys, return_attention=attention)
+        greys = greys.expand(-1, self.net.in_channels, -1, -1)
+        output = self.engine(greys, return_attention=attention)
         logits, maps = output if attention else (output, {})
         logits = logits[-1] if isinstance(logits, list) else logits
         native = {name: from_square(_enlarge(found, greys), shape, spacing)[:, 0] for name, found in maps.items()}
         # opacity of any kind, should a network tell several apart
         return from_square(logits.sigmoid().amax(1, keepdim=True), shape, spacing)[:, 0], native
 
-    def _fitting_batch(self) -> int:
-        if self.device.type != "cuda":
-            return CPU_BATCH
-        free, _ = torch.cuda.mem_get_info(self.device)
-        one = 4 * LIVE_CHANNELS * self.net.width * self.pretrained.size**2
-        return max(1, min(LARGEST_BATCH, free // 2 // one))
+    def _make_engine(self) -> None:
+        """An engine for whole batches, and smaller ones for what is left of a volume."""
+        while True:
+            try:
+                sizes = (self.batch_size, -(-self.batch_size // 4), 1)
+                self.engine = compile_network(self.net, batch_sizes=sizes)
+                return
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
 
 
 def segment(

@@ -10,6 +10,7 @@ import torch
 
 FEWEST = 5  # runs that a median is taken of
 FLUSH = 256 << 20  # bytes: more than the caches of a GPU, or of the cores of a small machine, hold
+MATRIX = {"cuda": 8192, "cpu": 1536}  # rows and columns
 COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}  # bytes
 
 
@@ -34,6 +35,13 @@ def copy_gb_per_s(device: torch.device, seconds: float) -> float:
     source = torch.ones(COPIED[device.type] // 4, device=device)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source), device, seconds) / 1e6
+
+
+def matrix_tflop_per_s(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """The rate of a large matrix product, in TFLOP/s."""
+    size = MATRIX[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: a @ b, device, seconds) / 1e9
 
 
 def _cpu_runs(call: Callable[[], object], flush: torch.Tensor) -> list[float]:

@@ -1,0 +1,166 @@
+"""The plan in C++ on a CPU, in float32: ``csrc/engine_cpu.cpp``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _C  # an ImportError here is the reason that is printed
+from ..ops import _native
+from . import reference
+from .pack import Weights
+from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
+
+View = Callable[[Slice], Tensor]
+LANES = _C.cpu.panel() // 2
+# 3 rows of a kernel to 6 points: G of F(4x4, 3x3) in arXiv 1509.09308, for the points of csrc/engine_cpu.cpp
+A2, B2 = (A := 0.625) ** 2, (B := 1.375) ** 2
+KERNEL_TO_POINTS = torch.tensor(
+    [
+        [1 / (A2 * B2), 0, 0],
+        *([1 / n, p / n, p * p / n] for p, n in ((A, 2 * A2 * (A2 - B2)), (-A, 2 * A2 * (A2 - B2)))),
+        *([1 / n, p / n, p * p / n] for p, n in ((B, 2 * B2 * (B2 - A2)), (-B, 2 * B2 * (B2 - A2)))),
+        [0, 0, 1],
+    ],
+    dtype=torch.float64,
+)
+TILES, DEEP_TILES = 24, 72  # in a work item; more where the weights are many, so that they are read less often
+DEEP = 256  # output channels from which on that is so
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run on a device in a dtype, or None where it can."""
+    if device.type != "cpu":
+        return f"runs on a CPU, not on {device.type}"
+    return None if dtype == torch.float32 else f"computes in float32, not in {str(dtype)[6:]}"
+
+
+def parts(step: Step, height: int, width: int) -> int:
+    """In how many parts a step leaves sums over ``height`` x ``width`` pixels."""
+    if isinstance(step, Gate):
+        return _C.cpu.tiles(height, width)
+    return -(-(-(-height // 4) * -(-width // 4)) // _tiles(step))
+
+
+def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
+    """Weights as panels, by name; those of 3x3 convolutions at the 36 points of a tile."""
+    if isinstance(step, Convolve):
+        packed = {step.weights: _packed(*weights[step.weights])}
+        if step.shortcut is not None:
+            packed[step.shortcut.weights] = _packed(*weights[step.shortcut.weights])
+        return packed
+    if isinstance(step, Head):
+        return {step.weights: _packed(*weights[step.weights])}
+    if isinstance(step, Attend):
+        psi, bias = weights[step.weights]
+        return {step.project: _packed(*weights[step.project]), step.weights: (psi.float().flatten(), bias.float())}
+    return reference.prepare(step, weights, device, dtype)
+
+
+def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
+    """A call that runs a step on the memory that ``view`` gives; a slice has ``pixels`` on the step's level."""
+    if isinstance(step, Excite):  # a few thousand numbers
+        return reference.bind(step, weights, view, pixels)
+    if isinstance(step, Gate):
+        return _gate(step, view)
+    if isinstance(step, Convolve):
+        kernel, arguments = ("convolve", _convolve(step, weights, view)) if step.size == 3 else (
+            "project", _project(step, weights, view))  # fmt: skip
+    else:
+        kernel, arguments = ("attend", _attend(step, weights, view)) if isinstance(step, Attend) else (
+            "output", _output(step, weights, view))  # fmt: skip
+    call = getattr(_C.cpu, kernel)
+    return lambda: call(**arguments, threads=torch.get_num_threads())
+
+
+def _convolve(step: Convolve, weights: Weights, view: View) -> dict:
+    shortcut, out = step.shortcut, view(step.out)
+    first, *second = (view(source) for source in step.sources)
+    return {
+        "size": out.shape[:3],
+        "tiles": _tiles(step),
+        "first": _features(first),
+        "second": _features(second[0]) if second else None,
+        "scale": 0 if step.scale is None else view(step.scale).data_ptr(),
+        "packed": _addresses(weights[step.weights]),
+        "out": _features(out),
+        "relu": step.relu,
+        "residual_before": step.residual == "before",
+        "residual_after": step.residual == "after",
+        "pooled": None if step.pooled is None else _features(view(step.pooled)),
+        "sums": 0 if step.sums is None else view(step.sums).data_ptr(),
+        "sum_channels": 0 if step.sums is None else view(step.sums).stride(1),
+        "shortcut": (0, 0) if shortcut is None else _addresses(weights[shortcut.weights]),
+        "shortcut_out": None if shortcut is None else _features(view(shortcut.out)),
+        "shortcut_relu": shortcut is not None and shortcut.relu,
+        "shortcut_scaled": shortcut is not None and shortcut.scaled,
+    }
+
+
+def _project(step: Convolve, weights: Weights, view: View) -> dict:
+    (source,), out = step.sources, view(step.out)
+    packed = _addresses(weights[step.weights])
+    return {"size": out.shape[:3], "source": _features(view(source)), "packed": packed, "out": _features(out)}
+
+
+def _attend(step: Attend, weights: Weights, view: View) -> dict:
+    psi, bias = weights[step.weights]
+    out = view(step.out)
+    return {
+        "size": out.shape,
+        "row": _features(view(step.row)),
+        "below": _features(view(step.below)),
+        "packed": _addresses(weights[step.project]),
+        "psi": psi.data_ptr(),
+        "bias": bias.item(),
+        "each": step.each,
+        "map": out.data_ptr(),
+    }
+
+
+def _output(step: Head, weights: Weights, view: View) -> dict:
+    source, out = view(step.source), view(step.out).data_ptr()
+    return {
+        "size": source.shape[:3],
+        "tiles": _tiles(step),
+        "source": _features(source),
+        "classes": step.out.channels,
+        "packed": _addresses(weights[step.weights]),
+        "logits": out if step.threshold is None else 0,
+        "mask": 0 if step.threshold is None else out,
+        "threshold": 0 if step.threshold is None else view(step.threshold).data_ptr(),
+    }
+
+
+def _gate(step: Gate, view: View) -> Callable[[], None]:
+    y, out = (view(used).permute(0, 3, 1, 2) for used in (step.below, step.out))
+    gate = None if step.attention is None else view(step.attention)[:, None]
+    sums = None if step.sums is None else _native.Sums(out, out.shape[1], view(step.sums))
+    return lambda: _native.up_forward(y, gate, out, sums)
+
+
+def _tiles(step: Convolve | Head) -> int:
+    return DEEP_TILES if step.out.channels >= DEEP else TILES
+
+
+def _packed(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in, k, k] -> panels [points, ceil(out / panel), in, panel], and the bias at that length, float32."""
+    if weight.shape[2] == 3:
+        weight = KERNEL_TO_POINTS @ weight @ KERNEL_TO_POINTS.T
+    out, channels, rows, columns = weight.shape
+    panel = 2 * LANES
+    fill = -out % panel
+    points = F.pad(weight.permute(2, 3, 1, 0).reshape(rows * columns, channels, out), (0, fill))
+    panels = points.view(rows * columns, channels, -1, panel).transpose(1, 2)
+    return panels.float().contiguous(), F.pad(bias, (0, fill)).float()
+
+
+def _features(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), *x.stride()[:3], x.shape[3]
+
+
+def _addresses(packed: tuple[Tensor, Tensor]) -> tuple[int, int]:
+    return packed[0].data_ptr(), packed[1].data_ptr()
