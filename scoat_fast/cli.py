@@ -129,7 +129,9 @@ def bench_model(args: argparse.Namespace) -> int:
     from .segmentation.inference import find_device
 
     device = find_device(args.device)
-    result = run(device, args.width, args.batch, args.size, args.seconds, args.compile, args.commit, args.output)
+    result = run(
+        device, args.width, args.batch, args.size, args.seconds, args.compile, args.commit, args.output, args.details
+    )
     return EXIT_OK if passed(result) else EXIT_FAILED_CASES
 
 
@@ -295,7 +297,8 @@ def _add_bench(commands) -> None:
     command = benches.add_parser(
         "model",
         help="time the whole network",
-        description="Times the published network in stock PyTorch, eager and compiled, and SCOATNet with its kernels. "
+        description="Times the published network in stock PyTorch, eager and compiled, SCOATNet with its kernels, the "
+        "engine in each backend and, on CPUs where it is installed (pip install 'scoat-fast[bench]'), ONNX Runtime. "
         "Each is checked against float64 first; what fails gets no time, and the exit code is 3.",
         epilog=EXIT_CODES,
     )
@@ -304,6 +307,7 @@ def _add_bench(commands) -> None:
     command.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="default: 1")
     command.add_argument("--size", type=_size, default=512, help="of the slices (default: %(default)s)")
     command.add_argument("--compile", action="store_true", help="torch.compile, too: minutes")
+    command.add_argument("--details", action="store_true", help="also the engine's steps, and PyTorch's convolutions")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     command.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each row (default: %(default)s)")
     command.add_argument("--commit", default="", help="what is measured, where there is no git")

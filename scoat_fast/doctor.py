@@ -11,18 +11,25 @@ from pathlib import Path
 import torch
 
 from . import __version__, ops
+from .engine import runner
 from .errors import ScoatFastError
 from .imaging.files import make_folder, write_text
+from .model import SCOATNet
 from .ops import _verdict, parity
 from .ops._backend import IMPLEMENTATIONS, ORDER, why_not
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = tuple(name for name in IMPLEMENTATIONS if name != "reference")
+BACKENDS = tuple(name for name in runner.BACKENDS if name != "reference")
+ENGINE_SLACK = 4.0  # times the error of stock torch through the whole network, in the same dtype
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One implementation of one operation in one dtype. ``reason`` says why it does not run, or what went wrong."""
+    """One implementation of one operation in one dtype, or one backend of the engine.
+
+    ``reason`` says why it does not run, or what went wrong.
+    """
 
     operation: str
     implementation: str
@@ -34,14 +41,15 @@ class Finding:
 
 
 def diagnose(device: str) -> list[Finding]:
-    """Compares every implementation that runs on ``device`` ("cpu" or "cuda") with float64."""
+    """Compares every implementation and backend that runs on ``device`` ("cpu" or "cuda") with float64."""
     with _verdict.suspended():
-        return [
+        found = [
             _examine(op, implementation, dtype, device)
             for op in ops.ALL
             for implementation in KERNELS
             for dtype in DTYPES
         ]
+        return found + [_examine_engine(backend, dtype, device) for backend in BACKENDS for dtype in DTYPES]
 
 
 def _examine(op: ops.Operation, implementation: str, dtype: torch.dtype, device: str) -> Finding:
@@ -62,6 +70,32 @@ def _examine(op: ops.Operation, implementation: str, dtype: torch.dtype, device:
                 return Finding(*what, "out of bounds", one.error, one.bound, f"at {sample.name}")
             worst = max(worst, one, key=lambda p: p.error)
     return Finding(*what, "ok", worst.error, worst.bound)
+
+
+def _examine_engine(backend: str, dtype: torch.dtype, device: str) -> Finding:
+    what = ("engine", backend, str(dtype).removeprefix("torch."))
+    if backend not in runner.ORDER[device]:
+        return Finding(*what, "not here", reason=f"does not run on {device} tensors")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net, x = SCOATNet(width=16).eval(), torch.rand(2, 1, 80, 112)
+    x = x.to(device)
+
+    def logits(backend: str, dtype: torch.dtype) -> torch.Tensor:
+        return runner.compile(net, device=device, dtype=dtype, backend=backend, batch_sizes=(2,), size=(80, 112))(x)
+
+    exact = logits("reference", torch.float64)
+    stock = (logits("reference", dtype).double() - exact).abs().max().item()
+    bound = ENGINE_SLACK * stock + parity.FLOOR * exact.abs().max().item()
+    try:
+        error = (logits(backend, dtype).double() - exact).abs().max().item()
+    except runner.BackendRefused as refusal:
+        return Finding(*what, "not here", reason=refusal.reasons[backend])
+    except Exception as error:  # as above
+        return Finding(*what, "broken", reason=f"{type(error).__name__}: {error}".splitlines()[0])
+    if not error <= bound:
+        return Finding(*what, "out of bounds", error, bound, "in its logits")
+    return Finding(*what, "ok", error, bound)
 
 
 def judge(findings: list[Finding], device: str) -> dict[str, str]:
@@ -154,13 +188,17 @@ def report(facts: dict, findings: list[Finding], device: str) -> str:
         "",
         f"{'operation':14}{'kernels':10}{'float32':>10}{'float16':>10}{'bfloat16':>10}   largest error against float64",
     ]
-    for op in ops.ALL:
-        found = {name: [f for f in findings if (f.operation, f.implementation) == (op.name, name)] for name in KERNELS}
-        well = [name for name in ORDER[device] if found.get(name) and all(f.status == "ok" for f in found[name])]
+    for operation in dict.fromkeys(f.operation for f in findings):
+        found: dict[str, list[Finding]] = {}
+        for f in findings:
+            if f.operation == operation:
+                found.setdefault(f.implementation, []).append(f)
+        order = runner.ORDER if operation == "engine" else ORDER
+        well = [name for name in order[device] if any(f.status == "ok" for f in found.get(name, []))]
         for name, rows in found.items():
             cells = "".join(f"{'-' if f.error is None else format(f.error, '.1e'):>10}" for f in rows)
             reasons = sorted({f"{f.status}: {f.reason}" for f in rows if f.status != "ok"})
-            runs = "runs here" if well[:1] == [name] else "ok"
-            lines.append(f"{op.name:14}{name:10}{cells}   {'; '.join(reasons) or runs}")
-        lines.append(f"{op.name:14}{'reference':40}   {'for the rest' if well else 'runs here'}: stock PyTorch")
+            runs = ["runs here" if well[:1] == [name] else "ok"] if name in well else []
+            lines.append(f"{operation:14}{name:10}{cells}   {'; '.join([*runs, *reasons])}")
+        lines.append(f"{operation:14}{'reference':40}   {'for the rest' if well else 'runs here'}: stock PyTorch")
     return "\n".join(lines)

@@ -272,24 +272,31 @@ def test_the_eager_baseline_is_the_published_network():
 
 
 def test_model_rows_are_checked_before_they_are_timed(tmp_path, monkeypatch, capsys):
-    from scoat_fast.bench import model
+    from scoat_fast.bench import contenders, model
 
+    monkeypatch.setattr(clock, "FLUSH", 1 << 10)
+    monkeypatch.setattr(clock, "COPIED", {"cpu": 1 << 12})
     path = tmp_path / "model.json"
-    result = model.run(torch.device("cpu"), widths=(3,), batches=(1, 2), size=32, seconds=0.01, output=path)
+    where = {"device": torch.device("cpu"), "widths": (3,), "size": 32, "seconds": 0.01}
+    result = model.run(**where, batches=(1, 2), output=path, details=True)
     assert model.passed(result)
     assert json.loads(path.read_text()) == result
-    assert len(result["rows"]) == 8
+    names = [contender.name for contender in contenders.contenders(torch.device("cpu"), compile=False)]
+    assert [row["name"] for row in result["rows"]] == 2 * names
+    assert {"eager float32", "SCOATNet float32", "engine reference float32"} <= set(names)
     for row in result["rows"]:
-        assert row["us_per_slice"] > 0
+        assert row["us_per_slice"] > 0 and row["percent_of_floor"] > 0
         assert row["error"] < 1e-5
         assert {"name", "width", "batch", "dtype", "us_per_slice", "peak_mib", "error"} <= row.keys()
+    assert len(result["steps"]) == 59 and len(result["convolutions"]) == 20
+    assert all(row["us_per_slice"] > 0 for part in ("steps", "convolutions") for row in result[part])
 
     class Wrong(model.SCOATNet):
         def forward(self, x):
             return super().forward(x) * 1.01
 
     monkeypatch.setattr(model, "SCOATNet", Wrong)
-    result = model.run(torch.device("cpu"), widths=(3,), size=32, seconds=0.01)
+    result = model.run(**where)
     assert not model.passed(result)
     wrong = [row for row in result["rows"] if row["name"].startswith("SCOATNet")]
     assert all(row["us_per_slice"] is None and "allowed is" in row["reason"] for row in wrong)

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from scoat_fast import doctor, ops
+from scoat_fast import SCOATNet, doctor, ops
+from scoat_fast import compile as compile_network
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
 from scoat_fast.ops import _verdict
 
@@ -36,8 +37,10 @@ def test_a_well_machine(tmp_path, capsys):
     assert "does not run on cpu tensors" in page
     found = json.loads((tmp_path / "found.json").read_text())
     rows = [f for f in found["findings"] if f["implementation"] == "cpu"]
-    assert len(rows) == 9
-    assert all(f["status"] == "ok" and 0 < f["error"] <= f["bound"] for f in rows)
+    assert len(rows) == 12
+    well = [f for f in rows if f["status"] == "ok"]
+    assert len(well) == 10  # the engine on a CPU computes in float32 alone
+    assert all(0 < f["error"] <= f["bound"] for f in well)
     assert found["switched_off"] == {}
     assert not _verdict.path().exists()
 
@@ -67,6 +70,19 @@ def test_a_bad_kernel_is_switched_off_until_it_is_well(kernel, status, monkeypat
         assert capsys.readouterr().out.startswith("upsample.cpu is switched off")
     assert examine("--quiet") == EXIT_OK
     assert ops.explain("upsample", Y, []).implementation == "cpu"
+
+
+def test_a_bad_backend_of_the_engine_is_switched_off(monkeypatch, capsys):
+    from scoat_fast.engine import cpu
+
+    net = SCOATNet(width=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "KERNEL_TO_POINTS", cpu.KERNEL_TO_POINTS * 1.01)
+        assert examine() == EXIT_FAILED_CASES
+        assert "engine.cpu is switched off by scoat-fast doctor: out of bounds in float32" in capsys.readouterr().out
+    assert compile_network(net, size=16).backend == "reference"
+    assert examine("--quiet") == EXIT_OK
+    assert compile_network(net, size=16).backend == "cpu"
 
 
 def test_a_verdict_holds_for_its_machine_and_versions_alone(monkeypatch):

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "segmentation": {"engine", "errors", "imaging", "model"},
     "train": {"errors", "imaging", "model", "pretrained", "segmentation"},
     "weights": set(),
-    "doctor": {"errors", "imaging", "ops"},
+    "doctor": {"engine", "errors", "imaging", "model", "ops"},
     "bench": {"clock", "doctor", "engine", "errors", "imaging", "model", "ops"},
     "cli": {"bench", "doctor", "errors", "imaging", "segmentation", "train"},
 }

@@ -24,11 +24,16 @@ def facts(device: torch.device, commit: str = "") -> dict:
 
 
 def save(path: str | Path, result: dict) -> None:
-    """Writes results as JSON with a line for each of its ``rows``. Raises OutputError."""
-    head = {name: value for name, value in result.items() if name != "rows"}
-    lines = [f"  {json.dumps(name)}: {json.dumps(value, allow_nan=False)}," for name, value in head.items()]
-    rows = ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in result["rows"])
-    write_text(path, "\n".join(("{", *lines, '  "rows": [', rows, "  ]", "}", "")))
+    """Writes results as JSON, with a line for each row of a list. Raises OutputError."""
+    parts = ",\n".join(f"  {json.dumps(name)}: {_lines(value)}" for name, value in result.items())
+    write_text(path, f"{{\n{parts}\n}}\n")
+
+
+def _lines(value: object) -> str:
+    if not isinstance(value, list) or not value:
+        return json.dumps(value, allow_nan=False)
+    rows = ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in value)
+    return f"[\n{rows}\n  ]"
 
 
 def _commit() -> str:

@@ -1,4 +1,4 @@
-"""The speed of the whole network: the baseline in eager and compiled PyTorch, and ``SCOATNet``.
+"""The speed of the whole network: eager and compiled PyTorch, ``SCOATNet``, the engine and, on CPUs, ONNX Runtime.
 
 A row is checked against float64 before it is timed; one that fails has no number.
 """
@@ -6,57 +6,23 @@ A row is checked against float64 before it is timed; one that fails has no numbe
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from ..clock import copy_gb_per_s, median_ms
+from ..clock import copy_gb_per_s, matrix_tflop_per_s, median_ms
+from ..engine.plan import Convolve, build, cost, summary
+from ..engine.runner import ORDER
 from ..model import SCOATNet
-from .eager import EagerSCOATNet
+from .contenders import HALVES, Contender, baseline_of, contenders, engine_for
 from .machine import facts, save
 
-# of the largest logit, against float64: what rounding through about forty layers may make of the dtype's precision
-BOUND = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-TF32_BOUND = 1e-2
-COLUMNS = f"{'name':42}{'width':>6}{'batch':>6}{'us a slice':>13}{'slices/s':>10}{'peak MiB':>10}{'error':>9}"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run the network. ``mode`` is that of torch.compile, None for eager."""
-
-    name: str
-    baseline: bool
-    dtype: torch.dtype
-    layout: torch.memory_format
-    mode: str | None = None
-    tf32: bool = False
-
-    @property
-    def bound(self) -> float:
-        return TF32_BOUND if self.tf32 else BOUND[self.dtype]
-
-
-def candidates(device: torch.device, compile: bool) -> Iterator[Candidate]:
-    """What is compared on a device. Compiling for a CPU takes minutes, and is left out without ``compile``."""
-    contiguous, last = torch.contiguous_format, torch.channels_last
-    yield Candidate("eager float32", True, torch.float32, contiguous)
-    yield Candidate("eager float32 channels_last", True, torch.float32, last)
-    yield Candidate("SCOATNet float32", False, torch.float32, contiguous)
-    yield Candidate("SCOATNet float32 channels_last", False, torch.float32, last)
-    if device.type == "cuda":
-        yield Candidate("eager TF32 channels_last", True, torch.float32, last, tf32=True)
-        yield Candidate("eager bfloat16 channels_last", True, torch.bfloat16, last)
-        yield Candidate("SCOATNet bfloat16 channels_last", False, torch.bfloat16, last)
-        if compile:
-            yield Candidate("compile bfloat16 channels_last", True, torch.bfloat16, last, "default")
-            yield Candidate("compile max-autotune bfloat16 channels_last", True, torch.bfloat16, last, "max-autotune")
-    elif compile:
-        yield Candidate("compile float32", True, torch.float32, contiguous, "default")
+COLUMNS = (
+    f"{'name':42}{'width':>6}{'batch':>6}{'us a slice':>13}{'slices/s':>10}{'of floor':>10}{'peak MiB':>10}{'error':>9}"
+)
 
 
 def run(
@@ -68,45 +34,63 @@ def run(
     compile: bool = False,
     commit: str = "",
     output: Path | None = None,
+    details: bool = False,
 ) -> dict:
     """Measures, printing each row as it is done, and writes ``output`` anew after each.
 
     Returns:
-        What the file holds: the machine, ``copy_gb_per_s``, and ``rows`` with ``name, width, batch, size, dtype,
-        us_per_slice, peak_mib, error, reason``; times are null where ``reason`` is not, the peak where not on a GPU.
+        What the file holds: the machine, ``copy_gb_per_s`` and ``matrix_tflop_per_s`` by dtype, and ``rows`` with
+        ``name, width, batch, size, dtype, us_per_slice, peak_mib, error, percent_of_floor, reason``; times are null
+        where ``reason`` is not, the peak where not on a GPU. The floor is what those two rates leave for the bytes
+        and operations of a direct convolution: Winograd's algorithm may be faster. With ``details`` also ``steps``,
+        the engine's steps one by one, and ``convolutions``, what PyTorch's own reach at the network's shapes.
     """
-    result = {**facts(device, commit), "copy_gb_per_s": copy_gb_per_s(device, 0.5), "rows": []}
+    result = {**facts(device, commit), "copy_gb_per_s": copy_gb_per_s(device, 0.5)}
+    dtypes = (torch.float32, *HALVES) if device.type == "cuda" else (torch.float32,)
+    result["matrix_tflop_per_s"] = {str(dtype)[6:]: matrix_tflop_per_s(device, dtype, 0.5) for dtype in dtypes}
+    result |= {"steps": [], "convolutions": [], "rows": []}
+
+    def keep(part: str, row: dict, text: str) -> None:
+        result[part].append(row)
+        print(text, flush=True)
+        if output is not None:
+            save(output, result)
+
     print(COLUMNS)
     for width in widths:
         torch.manual_seed(0)
         net = SCOATNet(width=width).eval()
-        baseline = EagerSCOATNet(width).eval()
-        baseline.load_state_dict(net.state_dict())
         x = torch.rand(max(batches), 1, size, size)
         with torch.no_grad():
-            exact = copy.deepcopy(baseline).double().to(device)(x[:1].double().to(device))
+            exact = baseline_of(net).double().to(device)(x[:1].double().to(device))
         for batch in batches:
-            for candidate in candidates(device, compile):
-                row = {"name": candidate.name, "width": width, "batch": batch, "size": size}
-                row |= {"dtype": str(candidate.dtype)[6:]}
-                row |= measure(candidate, baseline if candidate.baseline else net, x[:batch].to(device), exact, seconds)
-                result["rows"].append(row)
-                print(line(row), flush=True)
-                if output is not None:
-                    save(output, result)
+            for contender in contenders(device, compile):
+                row = {"name": contender.name, "width": width, "batch": batch, "size": size}
+                row |= {"dtype": str(contender.dtype)[6:]}
+                row |= measure(contender, net, x[:batch].to(device), exact, seconds)
+                row["percent_of_floor"] = _percent(net, row, result)
+                keep("rows", row, line(row))
+        if details:
+            given, dtype = x.to(device), torch.bfloat16 if device.type == "cuda" else torch.float32
+            for part, rows in (("steps", step_rows), ("convolutions", convolution_rows)):
+                for row in rows(net, given, dtype, seconds / 10):
+                    keep(part, row, f"{row['name']:106}{row['us_per_slice']:10.1f} us{row['gflop_per_s']:9.0f} GFLOP/s")
     return result
 
 
-def measure(candidate: Candidate, net: nn.Module, x: Tensor, exact: Tensor, seconds: float) -> dict:
+def measure(contender: Contender, net: SCOATNet, x: Tensor, exact: Tensor, seconds: float) -> dict:
     """Checks, then times. ``x`` [N, 1, H, W]; ``exact`` are the logits of its first slice in float64."""
     row: dict = {"us_per_slice": None, "peak_mib": None, "error": None, "reason": None}
     try:
-        with torch.no_grad(), _tf32(candidate.tf32):
-            call = _prepare(candidate, net, x)
+        with torch.no_grad(), _tf32(contender.tf32):
+            if x.is_cuda:
+                torch.cuda.empty_cache()  # of the contender before
+                torch.cuda.reset_peak_memory_stats()
+            call = contender.start(net, x)
             error = ((call()[:1].double() - exact).abs().max() / exact.abs().max()).item()
             row["error"] = error
-            if not error <= candidate.bound:
-                row["reason"] = f"its error is {error:.1e}, allowed is {candidate.bound:.0e}"
+            if not error <= contender.bound:
+                row["reason"] = f"its error is {error:.1e}, allowed is {contender.bound:.0e}"
                 return row
             if x.is_cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -118,6 +102,47 @@ def measure(candidate: Candidate, net: nn.Module, x: Tensor, exact: Tensor, seco
     return row
 
 
+def step_rows(net: SCOATNet, x: Tensor, dtype: torch.dtype, seconds: float) -> Iterator[dict]:
+    """Every step of the engine's fastest backend by itself: in a network it may find its input in a cache."""
+    engine = engine_for(net, x, next(iter(ORDER[x.device.type])), dtype)
+    engine(x)
+    for step, call in engine.calls(len(x)):
+        spent = median_ms(call, x.device, seconds) * 1000 / len(x)
+        found = cost(engine.plan, step, len(x), *engine.padded_size, dtype.itemsize)
+        rates = {"gflop_per_s": found.flops / len(x) / spent / 1e3, "gb_per_s": found.bytes / len(x) / spent / 1e3}
+        yield _detail(net.width, x, dtype, summary(step), spent) | rates
+
+
+def convolution_rows(net: SCOATNet, x: Tensor, dtype: torch.dtype, seconds: float) -> Iterator[dict]:
+    """PyTorch's own 3x3 convolution at each of the network's shapes, in channels_last."""
+    threes = [step for step in build(net).steps if isinstance(step, Convolve) and step.size == 3]
+    shapes = {(step.level, step.channels, step.out.channels) for step in threes}
+    for level, channels, out in sorted(shapes):
+        height, width = (size >> level for size in x.shape[2:])
+        given = torch.rand(len(x), channels, height, width, device=x.device, dtype=dtype)
+        weight = torch.rand(out, channels, 3, 3, device=x.device, dtype=dtype)
+        given, weight = (t.contiguous(memory_format=torch.channels_last) for t in (given, weight))
+        with torch.no_grad():
+            spent = median_ms(lambda a=given, b=weight: F.conv2d(a, b, padding=1), x.device, seconds) * 1000 / len(x)
+        name = f"{channels} -> {out} channels at {height}x{width}"
+        rate = 2 * 9 * channels * out * height * width / spent / 1e3
+        yield _detail(net.width, x, dtype, name, spent) | {"gflop_per_s": rate}
+
+
+def _detail(width: int, x: Tensor, dtype: torch.dtype, name: str, us: float) -> dict:
+    return {"name": name, "width": width, "batch": len(x), "dtype": str(dtype)[6:], "us_per_slice": us}
+
+
+def _percent(net: SCOATNet, row: dict, result: dict) -> float | None:
+    """The floor as a percentage of the time: for TF32, too, of the rate of float32."""
+    if row["us_per_slice"] is None:
+        return None
+    plan, itemsize = build(net), getattr(torch, row["dtype"]).itemsize
+    rates = result["copy_gb_per_s"] * 1e9, result["matrix_tflop_per_s"][row["dtype"]] * 1e12
+    costs = (cost(plan, step, row["batch"], row["size"], row["size"], itemsize) for step in plan.steps)
+    return sum(found.seconds(*rates) for found in costs) * 1e8 / row["batch"] / row["us_per_slice"]
+
+
 def passed(result: dict) -> bool:
     """Whether every row of a run has its time."""
     return all(row["reason"] is None for row in result["rows"])
@@ -125,22 +150,14 @@ def passed(result: dict) -> bool:
 
 def line(row: dict) -> str:
     """One row, with the reason at the end where there is no time."""
-    us, peak, error = row["us_per_slice"], row["peak_mib"], row["error"]
+    us, peak, error, percent = (row[key] for key in ("us_per_slice", "peak_mib", "error", "percent_of_floor"))
     numbers = (
         f"{'-' if us is None else format(us, '.1f'):>13}{'-' if us is None else format(1e6 / us, '.1f'):>10}"
+        f"{'-' if percent is None else format(percent, '.0f') + ' %':>10}"
         f"{'-' if peak is None else format(peak, '.0f'):>10}{'-' if error is None else format(error, '.1e'):>9}"
     )
     reason = f"  no time: {row['reason']}" if row["reason"] else ""
     return f"{row['name']:42}{row['width']:>6}{row['batch']:>6}{numbers}{reason}"
-
-
-def _prepare(candidate: Candidate, net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    net = copy.deepcopy(net).to(x.device, candidate.dtype, memory_format=candidate.layout)
-    if candidate.mode is not None:
-        torch._dynamo.reset()
-        net = torch.compile(net, mode=candidate.mode, fullgraph=True, dynamic=False)
-    given = x.to(candidate.dtype, memory_format=candidate.layout)
-    return lambda: net(given)
 
 
 @contextlib.contextmanager

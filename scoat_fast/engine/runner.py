@@ -28,6 +28,14 @@ ALIGNMENT = 256  # bytes
 FACTOR = 2 ** (LEVELS - 1)  # height and width of a plan are multiples of this
 
 
+class BackendRefused(RuntimeError):
+    """The backend that was asked for cannot run here; ``reasons`` says why, by backend."""
+
+    def __init__(self, reasons: dict[str, str]):
+        self.reasons = reasons
+        super().__init__(f"engine: {'; '.join(f'{name} {reason}' for name, reason in reasons.items())}")
+
+
 @dataclass(frozen=True)
 class EngineParity:
     """How far an engine is from its network on a batch.
@@ -64,7 +72,7 @@ def compile(
             weights were trained on, or 512. Other sizes are prepared when they first come.
 
     Raises:
-        RuntimeError: if the backend that was asked for cannot run here, with the reason.
+        BackendRefused: a RuntimeError, if the backend that was asked for cannot run here: with the reason.
         ValueError: for an argument out of its range.
         WeightsError: if the network's weights are not finite.
     """
@@ -159,6 +167,11 @@ class Engine:
             raise ValueError(f"the threshold must lie between 0 and 1, got {threshold}")
         (found,) = self._run(batch, mask=True, threshold=math.log(threshold / (1 - threshold)))
         return found[:, :, : batch.shape[2], : batch.shape[3]].contiguous()
+
+    def calls(self, n: int) -> list[tuple[Step, Callable[[], None]]]:
+        """The steps for ``n`` slices, each with what runs it alone on what the buffers hold: to time them."""
+        prepared = self._prepare(n, *self.padded_size, False, False)
+        return list(zip(self.plan.steps, prepared.calls, strict=True))
 
     @torch.no_grad()
     def parity(self, batch: Tensor, threshold: float = 0.5) -> EngineParity:
@@ -278,7 +291,7 @@ class _Prepared:
     """A plan bound to memory; on a GPU, as a CUDA graph."""
 
     def __init__(self, tensors: dict[str, Tensor], calls: list[Callable[[], None]], plan: Plan):
-        self._calls, self._input, self._threshold = calls, tensors["input"], tensors.get("threshold")
+        self.calls, self._input, self._threshold = calls, tensors["input"], tensors.get("threshold")
         self._outputs = [tensors[name] for name in plan.outputs]
         self._graph = None
         if self._input.is_cuda:
@@ -295,7 +308,7 @@ class _Prepared:
         return self._outputs
 
     def _go(self) -> None:
-        for call in self._calls:
+        for call in self.calls:
             call()
 
     def _capture(self) -> None:
@@ -338,7 +351,7 @@ def _choose(wanted: str | None, device: torch.device, dtype: torch.dtype) -> tup
         if reason is None:
             return name, module, refusals
         refusals[name] = reason
-    raise RuntimeError(f"engine: {'; '.join(f'{name} {reason}' for name, reason in refusals.items())}")
+    raise BackendRefused(refusals)
 
 
 def _indexed(device: torch.device) -> torch.device:

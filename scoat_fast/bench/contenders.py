@@ -1,0 +1,122 @@
+"""The ways to run the network that ``bench model`` compares."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.runner import ORDER, Engine
+from ..engine.runner import compile as compile_network
+from ..model import SCOATNet
+from .eager import EagerSCOATNet
+
+# of the largest logit, against float64: what rounding through about forty layers may make of the dtype's precision
+BOUND = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TF32_BOUND = 1e-2
+HALVES = (torch.bfloat16, torch.float16)
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the network. ``start`` takes the network and a batch [N, 1, H, W], and gives a call."""
+
+    name: str
+    dtype: torch.dtype
+    start: Callable[[SCOATNet, Tensor], Call]
+    tf32: bool = False
+
+    @property
+    def bound(self) -> float:
+        return TF32_BOUND if self.tf32 else BOUND[self.dtype]
+
+
+def contenders(device: torch.device, compile: bool) -> Iterator[Contender]:
+    """What is compared on a device. Compiling for a CPU takes minutes, and is left out without ``compile``."""
+    single, contiguous, last = torch.float32, torch.contiguous_format, torch.channels_last
+    yield Contender("eager float32", single, _stock(single, contiguous))
+    yield Contender("eager float32 channels_last", single, _stock(single, last))
+    yield Contender("SCOATNet float32", single, _ours(single, contiguous))
+    yield Contender("SCOATNet float32 channels_last", single, _ours(single, last))
+    if device.type == "cuda":
+        half = torch.bfloat16
+        yield Contender("eager TF32 channels_last", single, _stock(single, last), tf32=True)
+        yield Contender("eager bfloat16 channels_last", half, _stock(half, last))
+        yield Contender("SCOATNet bfloat16 channels_last", half, _ours(half, last))
+        if compile:
+            for mode in ("default", "max-autotune"):  # the second records CUDA graphs, too
+                yield Contender(f"compile {mode} bfloat16 channels_last", half, _stock(half, last, mode))
+    elif compile:
+        yield Contender("compile float32", single, _stock(single, contiguous, "default"))
+    for backend in ORDER[device.type]:
+        for dtype in (*HALVES, single) if device.type == "cuda" else (single,):
+            yield Contender(f"engine {backend} {str(dtype)[6:]}", dtype, _engine(backend, dtype))
+    if device.type == "cpu" and all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+        yield Contender("ONNX Runtime float32", single, _onnx_runtime)
+
+
+def baseline_of(net: SCOATNet) -> EagerSCOATNet:
+    """The same network in stock PyTorch."""
+    baseline = EagerSCOATNet(net.width).eval()
+    baseline.load_state_dict(net.state_dict())
+    return baseline
+
+
+def engine_for(net: SCOATNet, x: Tensor, backend: str, dtype: torch.dtype) -> Engine:
+    """An engine that takes ``x`` at once."""
+    return compile_network(net, device=x.device, dtype=dtype, backend=backend, batch_sizes=(len(x),), size=x.shape[2:])
+
+
+def _stock(dtype: torch.dtype, layout: torch.memory_format, mode: str | None = None):
+    def start(net: SCOATNet, x: Tensor) -> Call:
+        return _module(baseline_of(net), x, dtype, layout, mode)
+
+    return start
+
+
+def _ours(dtype: torch.dtype, layout: torch.memory_format):
+    def start(net: SCOATNet, x: Tensor) -> Call:
+        return _module(copy.deepcopy(net), x, dtype, layout, None)
+
+    return start
+
+
+def _module(net: nn.Module, x: Tensor, dtype: torch.dtype, layout: torch.memory_format, mode: str | None) -> Call:
+    net = net.to(x.device, dtype, memory_format=layout)
+    if mode is not None:
+        torch._dynamo.reset()
+        net = torch.compile(net, mode=mode, fullgraph=True, dynamic=False)
+    given = x.to(dtype, memory_format=layout)
+    return lambda: net(given)
+
+
+def _engine(backend: str, dtype: torch.dtype):
+    def start(net: SCOATNet, x: Tensor) -> Call:
+        engine = engine_for(net, x, backend, dtype)
+        return lambda: engine(x)
+
+    return start
+
+
+def _onnx_runtime(net: SCOATNet, x: Tensor) -> Call:
+    """The published network, exported, with as many threads as torch has."""
+    import onnxruntime
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):  # it reports its progress
+        model = torch.onnx.export(baseline_of(net), (x,), dynamo=True, verbose=False).model_proto
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    given = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: torch.from_numpy(session.run(None, given)[0])
