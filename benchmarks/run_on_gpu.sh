@@ -3,7 +3,7 @@
 #
 #   benchmarks/run_on_gpu.sh tests            scoat-fast doctor and the test suite, on the GPU where a test can use it
 #   benchmarks/run_on_gpu.sh sanitize         the kernels under compute-sanitizer
-#   benchmarks/run_on_gpu.sh model            forward pass: eager and torch.compile
+#   benchmarks/run_on_gpu.sh model            forward pass: eager, torch.compile and the engine, and its single steps
 #   benchmarks/run_on_gpu.sh ops              the fused operations: Triton, CUDA, eager and torch.compile
 #   benchmarks/run_on_gpu.sh weights DATA     trains scoat-w32 at 512x512 (goes on where it was stopped)
 #
@@ -35,10 +35,10 @@ case $part in
     done
     ;;
   model)
-    # the first is whole in two minutes; compiling takes most of the rest
-    timeout -k 10 200 python3 -m scoat_fast.cli bench model --width 32 64 --batch 1 8 32 --seconds 1 \
-      --commit "$commit" -o "$out/model.json"
-    timeout -k 10 360 python3 -m scoat_fast.cli bench model --width 32 --batch 32 --compile --seconds 1 \
+    # the first is whole in three minutes; compiling takes most of the rest
+    timeout -k 10 260 python3 -m scoat_fast.cli bench model --width 32 64 --batch 32 8 1 --seconds 1 --details \
+      --commit "$commit" -o "$out/model.json" | tee "$out/model.log" | grep -v 'GFLOP/s$'
+    timeout -k 10 300 python3 -m scoat_fast.cli bench model --width 32 --batch 32 --compile --seconds 1 \
       --commit "$commit" -o "$out/model_compiled.json"
     ;;
   ops)

@@ -314,7 +314,7 @@ def _add_bench(commands) -> None:
     command.add_argument("-o", "--output", type=_path, metavar="FILE", help="also write the numbers here, as JSON")
     command = benches.add_parser(
         "chart",
-        help="draw the results of bench ops",
+        help="draw the results of bench ops or bench model",
         description="Draws how many times faster than eager torch everything is, at the largest batch of the results. "
         "Needs matplotlib: pip install 'scoat-fast[bench]'.",
     )

@@ -88,6 +88,6 @@ def _put(to: Tensor, value: Tensor) -> None:
 
 def _allocate(whole: plan.Plan, parts, shape, dtype) -> dict[str, Tensor]:
     """Every buffer by itself, full of NaN: of 255 where it has none."""
-    places = lay_out(whole, parts, *shape, dtype).places
+    places = lay_out(whole, parts, *shape, torch.device("cpu"), dtype).places
     return {name: torch.full(size, 255 if kind == torch.uint8 else torch.nan, dtype=kind)
             for name, (_, size, kind) in places.items()}  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from scoat_fast import clock, ops
 from scoat_fast.bench import calls, check, machine, table
 from scoat_fast.bench.chart import draw
+from scoat_fast.bench.chart import table as table_of
 from scoat_fast.bench.ops import Plan, passed, run
 from scoat_fast.errors import BadInputError, OutputError, ScoatFastError
 from scoat_fast.ops._samples import Maker, Sample
@@ -232,6 +235,36 @@ def results_file(path, **changes):
     return path
 
 
+def model_results(path, **changes):
+    row = {"width": 32, "batch": 1, "size": 512, "dtype": "float32", "us_per_slice": 3e6} | changes
+    rows = [row | {"name": "eager float32"}, row | {"name": "engine cpu float32", "us_per_slice": 1e6}]
+    rows.append(row | {"name": "engine triton bfloat16", "us_per_slice": None})
+    path.write_text(json.dumps({"gpu": None, "cpu": "any", "rows": rows}))
+    return path
+
+
+def test_results_as_a_table(tmp_path):
+    assert table_of(model_results(tmp_path / "model.json")).splitlines() == [
+        "| | width, size, batch | ms a slice | slices/s | x eager |",
+        "|---|---|---|---|---|",
+        "| eager float32 | 32, 512x512, 1 | 3000 | 0.333 | 1.00 |",
+        "| engine cpu float32 | 32, 512x512, 1 | 1000 | 1 | 3.00 |",
+    ]
+    with pytest.raises(BadInputError, match="wanted results of scoat-fast bench model"):
+        table_of(results_file(tmp_path / "ops.json"))
+    nothing = (
+        model_results(tmp_path / "none.json").read_text().replace("3000000.0", "null").replace("1000000.0", "null")
+    )
+    (tmp_path / "none.json").write_text(nothing)
+    with pytest.raises(BadInputError, match="got none"):
+        table_of(tmp_path / "none.json")
+
+
+def test_the_readme_says_what_the_results_say():
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, root / "benchmarks" / "report.py", "--check"], check=True)
+
+
 def test_a_chart_names_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ScoatFastError, match=r"scoat-fast\[bench\]"):
@@ -248,10 +281,11 @@ def test_a_chart_wants_results(tmp_path):
         draw(tmp_path / "missing.json", tmp_path / "ops.png")
 
 
-def test_chart(tmp_path):
+@pytest.mark.parametrize("results", [results_file, model_results])
+def test_chart(tmp_path, results):
     pytest.importorskip("matplotlib")
-    draw(results_file(tmp_path / "ops.json"), tmp_path / "ops.png")
-    assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+    draw(results(tmp_path / "results.json"), tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_eager_baseline_is_the_published_network():

@@ -74,7 +74,7 @@ def test_every_buffer_is_written_before_it_is_read():
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 64, 48)])
 def test_buffers_that_live_together_do_not_overlap(shape):
     whole = plan.build(SCOATNet(width=8), attention=True)
-    layout = lay_out(whole, lambda step, h, w: h, *shape, torch.bfloat16)
+    layout = lay_out(whole, lambda step, height, *rest: height, *shape, torch.device("cpu"), torch.bfloat16)
     memory = torch.zeros(layout.bytes, dtype=torch.uint8)
     ranges = {name: (x.data_ptr(), x.data_ptr() + x.nbytes) for name, x in layout.tensors(memory).items()}
     for name, (first, last) in whole.lifetimes.items():
@@ -282,8 +282,20 @@ def test_bad_options():
     ):
         with pytest.raises(error, match=reason):
             scoat_fast.compile(net, **options)
+    with pytest.raises(ValueError, match="not that of Linear"):
+        scoat_fast.compile(torch.nn.Linear(1, 1))
+
+    class Other(SCOATNet):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    with pytest.raises(ValueError, match="not that of Other"):
+        scoat_fast.compile(Other(width=3))
     net.conv2_1.bn1.running_var[3] = torch.nan
     with pytest.raises(WeightsError, match=r"conv2_1\.conv1"):
+        scoat_fast.compile(net)
+    net.conv2_1.bn1 = torch.nn.GroupNorm(1, 32)
+    with pytest.raises(ValueError, match="folds BatchNorm layers with running statistics, got GroupNorm"):
         scoat_fast.compile(net)
 
 

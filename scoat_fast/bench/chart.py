@@ -1,4 +1,4 @@
-"""A bar chart of how many times faster than eager torch each implementation is."""
+"""Results as pictures, and as a table of Markdown: how many times faster than eager PyTorch everything is."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ DIRECTIONS = ("forward", "backward")
 
 
 def draw(results: str | Path, output: str | Path) -> None:
-    """Draws the results of ``ops.run`` from their JSON file as a PNG (or what the name of ``output`` ends in).
+    """Draws the results of ``bench ops`` or ``bench model`` from their JSON file as a PNG (or what ``output`` ends in).
 
-    Of several batches, dtypes and layouts it shows one: the largest batch, and of that the first of its rows. A
-    number that was not measured has no bar.
+    Of several batches, dtypes and layouts of the operations it shows one: the largest batch, and of that the first of
+    its rows. A number that was not measured has no bar.
 
     Raises:
         ScoatFastError: without matplotlib; BadInputError for the file of results, OutputError for the chart.
     """
-    result, rows = _read(Path(results))
+    result = _read(Path(results))
     try:
         import matplotlib
     except ImportError as error:
@@ -29,15 +29,7 @@ def draw(results: str | Path, output: str | Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    directions = [d for d in DIRECTIONS if any(row["direction"] == d for row in rows)]
-    figure, axes = plt.subplots(len(directions), squeeze=False, figsize=(10, 3.4 * len(directions)))
-    for ax, direction in zip(axes[:, 0], directions, strict=True):
-        _bars(ax, [row for row in rows if row["direction"] == direction])
-        ax.set_title(direction, loc="left", fontsize=10)
-        ax.set_ylabel("times faster than eager")
-    first = rows[0]
-    where = result.get("gpu") or f"CPU {result.get('cpu')}"
-    figure.suptitle(f"{where}, {first['dtype']}, {first['layout']}, batch {first['batch']}", fontsize=11)
+    figure = _draw_model(plt, result) if _is_model(result) else _draw_ops(plt, result)
     figure.tight_layout()
     kind = Path(output).suffix.removeprefix(".") or "png"
     try:
@@ -46,21 +38,100 @@ def draw(results: str | Path, output: str | Path) -> None:
         plt.close(figure)
 
 
-def _read(path: Path) -> tuple[dict, list[dict]]:
-    """The results, and those rows that are drawn."""
+def table(results: str | Path) -> str:
+    """The rows of ``bench model`` as a table of Markdown, with their ratio to eager float32 of the same run.
+
+    Raises:
+        BadInputError: for the file of results.
+    """
+    result = _read(Path(results))
+    if not _is_model(result):
+        raise BadInputError(results, "wanted results of scoat-fast bench model")
+    lines = ["| | width, size, batch | ms a slice | slices/s | x eager |", "|---|---|---|---|---|"]
+    for row in _timed(result):
+        where = f"{row['width']}, {row['size']}x{row['size']}, {row['batch']}"
+        us, ratio = row["us_per_slice"], _times_faster(result, row)
+        lines.append(f"| {row['name']} | {where} | {us / 1000:.4g} | {1e6 / us:.3g} | {_or_dash(ratio)} |")
+    return "\n".join(lines)
+
+
+def _or_dash(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def _read(path: Path) -> dict:
+    """Results with at least one number to show."""
     try:
         result = json.loads(path.read_text())
-        rows = [row for row in result["rows"] if row["ratio_to_eager"] is not None and row["implementation"] != "eager"]
-        largest = max((row["batch"] for row in rows), default=None)
-        rows = [row for row in rows if row["batch"] == largest]
-        same = [all(row[key] == rows[0][key] for key in ("dtype", "layout")) for row in rows]
+        drawn = _timed(result) if _is_model(result) else _drawn_ops(result)
     except OSError as error:
         raise BadInputError(path, error.strerror or str(error)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInputError(path, f"wanted results of scoat-fast bench ops, got {error!r}") from error
-    if not rows:
+    except (ValueError, LookupError, TypeError) as error:
+        raise BadInputError(path, f"wanted results of scoat-fast bench, got {error!r}") from error
+    if not drawn:
         raise BadInputError(path, "wanted results with a ratio to eager, got none")
-    return result, [row for row, drawn in zip(rows, same, strict=True) if drawn]
+    return result
+
+
+def _is_model(result: dict) -> bool:
+    return "us_per_slice" in result["rows"][0]
+
+
+def _timed(result: dict) -> list[dict]:
+    return [row for row in result["rows"] if row["us_per_slice"] is not None]
+
+
+def _times_faster(result: dict, row: dict) -> float | None:
+    """Than the baseline in eager float32 on the same slices."""
+    for other in _timed(result):
+        if other["name"] == "eager float32" and all(other[key] == row[key] for key in ("width", "batch", "size")):
+            return other["us_per_slice"] / row["us_per_slice"]
+    return None
+
+
+def _drawn_ops(result: dict) -> list[dict]:
+    rows = [row for row in result["rows"] if row["ratio_to_eager"] is not None and row["implementation"] != "eager"]
+    largest = max((row["batch"] for row in rows), default=None)
+    rows = [row for row in rows if row["batch"] == largest]
+    return [row for row in rows if all(row[key] == rows[0][key] for key in ("dtype", "layout"))]
+
+
+def _draw_model(plt, result: dict):
+    """Bars for the widest network and the largest batch."""
+    rows = _timed(result)
+    widest, largest = (max(row[key] for row in rows) for key in ("width", "batch"))
+    rows = [row for row in rows if (row["width"], row["batch"]) == (widest, largest)]
+    figure, ax = plt.subplots(figsize=(10, 0.8 + 0.42 * len(rows)))
+    rates = [1e6 / row["us_per_slice"] for row in rows]
+    colours = ["#3b76af" if row["name"].startswith("engine") else "#9a9a9a" for row in rows]
+    bars = ax.barh([row["name"] for row in rows], rates, color=colours)
+    faster = [_times_faster(result, row) for row in rows]
+    labels = [f"{rate:.3g}" + (f"  ({x:.1f}x)" if x else "") for rate, x in zip(rates, faster, strict=True)]
+    ax.bar_label(bars, labels, fontsize=8, padding=3)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.spines[["top", "right"]].set_visible(False)
+    size = rows[0]["size"]
+    ax.set_xlabel(f"slices a second, {size}x{size} (times eager float32)")
+    figure.suptitle(f"{_where(result)}, width {widest}, batch {largest}", fontsize=11)
+    return figure
+
+
+def _draw_ops(plt, result: dict):
+    rows = _drawn_ops(result)
+    directions = [d for d in DIRECTIONS if any(row["direction"] == d for row in rows)]
+    figure, axes = plt.subplots(len(directions), squeeze=False, figsize=(10, 3.4 * len(directions)))
+    for ax, direction in zip(axes[:, 0], directions, strict=True):
+        _bars(ax, [row for row in rows if row["direction"] == direction])
+        ax.set_title(direction, loc="left", fontsize=10)
+        ax.set_ylabel("times faster than eager")
+    first = rows[0]
+    figure.suptitle(f"{_where(result)}, {first['dtype']}, {first['layout']}, batch {first['batch']}", fontsize=11)
+    return figure
+
+
+def _where(result: dict) -> str:
+    return result.get("gpu") or f"CPU {result.get('cpu')}"
 
 
 def _bars(ax, rows: list[dict]) -> None:

@@ -38,7 +38,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype == torch.float32 else f"computes in float32, not in {str(dtype)[6:]}"
 
 
-def parts(step: Step, height: int, width: int) -> int:
+def parts(step: Step, height: int, width: int, device: torch.device, dtype: torch.dtype) -> int:
     """In how many parts a step leaves sums over ``height`` x ``width`` pixels."""
     if isinstance(step, Gate):
         return _C.cpu.tiles(height, width)

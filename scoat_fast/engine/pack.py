@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import WeightsError
 from ..layers import GatedBlock, PlainBlock, ResidualBlock, SpatialAttention
@@ -19,8 +20,11 @@ def pack(net: SCOATNet) -> Weights:
     [C / 16, C] and [C, C / 16].
 
     Raises:
+        ValueError: for a network that computes something else than SCOATNet.
         WeightsError: if a folded weight is not finite: a network with NaN in it would answer everything with nothing.
     """
+    if not isinstance(net, SCOATNet) or type(net).forward is not SCOATNet.forward:
+        raise ValueError(f"the engine knows the forward pass of SCOATNet, not that of {type(net).__name__}")
     found: Weights = {}
     for name, module in net.named_children():
         if isinstance(module, PlainBlock):
@@ -43,6 +47,8 @@ def pack(net: SCOATNet) -> Weights:
 
 def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """A convolution that does what a convolution and a BatchNorm in evaluation mode do."""
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        raise ValueError(f"the engine folds BatchNorm layers with running statistics, got {norm}")
     scale = _exact(norm.weight) / torch.sqrt(_exact(norm.running_var) + norm.eps)
     bias = (_exact(convolution.bias) - _exact(norm.running_mean)) * scale + _exact(norm.bias)
     return _exact(convolution.weight) * scale[:, None, None, None], bias

@@ -22,7 +22,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def parts(step: Step, height: int, width: int) -> int:
+def parts(step: Step, height: int, width: int, device: torch.device, dtype: torch.dtype) -> int:
     """In how many parts a step leaves sums over ``height`` x ``width`` pixels."""
     return 1
 

@@ -61,7 +61,7 @@ def compile(
     """Turns a trained network into its fastest forward pass. The network stays as it is.
 
     Args:
-        net: in evaluation mode or not: the engine computes what evaluation mode gives.
+        net: in evaluation mode or not: the engine computes what evaluation mode gives. Hooks on it do not run.
         device: where the engine runs; the network's own by default.
         dtype: float64, float32, float16 or bfloat16; by default bfloat16 on GPUs that have it (float16 on older
             ones), float32 elsewhere. All sums are in float32, or float64.
@@ -73,7 +73,7 @@ def compile(
 
     Raises:
         BackendRefused: a RuntimeError, if the backend that was asked for cannot run here: with the reason.
-        ValueError: for an argument out of its range.
+        ValueError: for an argument out of its range, or a network with another forward pass than SCOATNet's.
         WeightsError: if the network's weights are not finite.
     """
     device = _indexed(torch.device(device) if device is not None else next(net.parameters()).device)
@@ -109,11 +109,13 @@ class Engine:
         batch_sizes: Sequence[int],
         size: tuple[int, int],
     ):
+        weights = pack(net)
         self.net, self.device, self.dtype, self.batch_sizes = net, device, dtype, tuple(sorted(set(batch_sizes)))
         self.size, self.in_channels = size, net.in_channels
         self.backend, self._module, self.refusals = _choose(backend, device, dtype)
-        self._weights, self._packed = pack(net), {}
         self._plans = {key: plans.build(net, *key) for key in ((False, False), (False, True), (True, False))}
+        steps = {step for plan in self._plans.values() for step in plan.steps}
+        self._packed = {step: self._module.prepare(step, weights, device, dtype) for step in steps}
         self._listed = net.deep_supervision
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._ready: dict[tuple, _Prepared] = {}
@@ -218,7 +220,7 @@ class Engine:
         key = (n, height, width, mask, attention)
         if key not in self._ready:
             plan = self._plans[mask, attention]
-            layout = lay_out(plan, self._module.parts, n, height, width, self.dtype)
+            layout = lay_out(plan, self._module.parts, n, height, width, self.device, self.dtype)
             if layout.bytes > self._memory.numel():
                 self._ready.clear()  # what they hold is given back before more is asked for
                 self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
@@ -226,8 +228,6 @@ class Engine:
             calls = []
             tensors = layout.tensors(self._memory)
             for step in plan.steps:
-                if step not in self._packed:
-                    self._packed[step] = self._module.prepare(step, self._weights, self.device, self.dtype)
                 pixels = (height >> step.level) * (width >> step.level)
                 calls.append(self._module.bind(step, self._packed[step], _view(plan, tensors), pixels))
             self._ready[key] = _Prepared(tensors, calls, plan)
@@ -255,12 +255,14 @@ class Layout:
 
 
 def lay_out(
-    plan: Plan, parts: Callable[[Step, int, int], int], n: int, height: int, width: int, dtype: torch.dtype
+    plan: Plan, parts: Callable[..., int], n: int, height: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> Layout:
     """Places buffers so that those which live at the same time do not overlap, large ones first."""
     exact = torch.promote_types(dtype, torch.float32)
-    divided = {step.sums.buffer: parts(step, height >> step.level, width >> step.level) for step in plan.steps
-               if isinstance(getattr(step, "sums", None), Slice)}  # fmt: skip
+    divided = {}
+    for step in plan.steps:
+        if isinstance(sums := getattr(step, "sums", None), Slice):
+            divided[sums.buffer] = parts(step, height >> step.level, width >> step.level, device, dtype)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, buffer in plan.buffers.items():
         c, h, w = buffer.channels, height >> buffer.level, width >> buffer.level

@@ -430,6 +430,10 @@ class Launch:
     constants: dict
     warps: int = WARPS
 
+    def into(self, sums: Tensor) -> Launch:
+        """The same, which also writes its sums over pixels: float32 [N, tiles, C]."""
+        return replace(self, arguments=self.arguments | _arguments({"sums": sums}))
+
     def run(self) -> None:
         if self.programs:
             with torch.cuda.device_of(next(iter(self.arguments.values()))):
@@ -438,26 +442,35 @@ class Launch:
                 )
 
 
-def up_forward(y: Tensor, gate: Tensor | None, out: Tensor) -> Launch:
-    """out [N, C, 2h, 2w] = (1 + gate [N, 1, 2h, 2w]) * up(y [N, C, h, w])"""
-    return _walk(_up_forward, y.shape, is_channels_last(y), y=y, gate=gate, out=out, sums=None)
+def up_forward(y: Tensor, gate: Tensor | None, out: Tensor, rows: int | None = None) -> Launch:
+    """out [N, C, 2h, 2w] = (1 + gate [N, 1, 2h, 2w]) * up(y [N, C, h, w])
+
+    With ``rows`` of y for each program, the tiles of an image are the same whatever N is.
+    """
+    return _walk(_up_forward, y.shape, is_channels_last(y), rows, y=y, gate=gate, out=out, sums=None)
 
 
 def up_backward(dout: Tensor, gate: Tensor | None, shift: Tensor | None, dy: Tensor) -> Launch:
     """dy [N, C, h, w] = up^T((1 + gate [N, 1, 2h, 2w]) * (dout [N, C, 2h, 2w] + shift [N, C]))"""
-    return _walk(_up_backward, dy.shape, is_channels_last(dout), dout=dout, gate=gate, shift=shift, dy=dy)
+    return _walk(_up_backward, dy.shape, is_channels_last(dout), None, dout=dout, gate=gate, shift=shift, dy=dy)
 
 
-def _walk(kernel, shape, channels_last: bool, **tensors: Tensor | None) -> Launch:
+def _walk(kernel, shape, channels_last: bool, rows: int | None, **tensors: Tensor | None) -> Launch:
     (n, c, h, w), itemsize = shape, next(iter(tensors.values())).itemsize
     block_c, block_k = _walk_tile(shape, itemsize, channels_last)
     blocks, across = n * triton.cdiv(c, block_c), triton.cdiv(w, block_k)
     # long walks read fewer rows twice, short ones keep a GPU busy with few images
-    rows = next((r for r in (16, 8, 4) if blocks * triton.cdiv(h, r) * across >= ENOUGH), 2)
+    if rows is None:
+        rows = next((r for r in (16, 8, 4) if blocks * triton.cdiv(h, r) * across >= ENOUGH), 2)
     tiles = triton.cdiv(h, rows) * across
     arguments = _arguments(tensors, C=c, h=h, w=w, rows=rows)
     constants = {"CHANNELS_LAST": channels_last, "BLOCK_C": block_c, "BLOCK_K": block_k}
     return Launch(kernel, blocks * tiles, tiles, arguments, constants, WARPS if channels_last else WALK_WARPS)
+
+
+def walk_tiles(shape, itemsize: int, rows: int) -> int:
+    """Tiles of an image that ``up_forward`` cuts y [N, C, h, w] in channels-last into, given ``rows``."""
+    return triton.cdiv(shape[2], rows) * triton.cdiv(shape[3], _walk_tile(shape, itemsize, True)[1])
 
 
 def _walk_tile(shape, itemsize: int, channels_last: bool) -> tuple[int, int]:
@@ -473,7 +486,7 @@ def gate_backward(dout: Tensor, shift: Tensor | None, y: Tensor, dgates: Tensor)
     """dgates [parts, N, 1, 2h, 2w] = the sum over a part of the channels of (dout + shift) * up(y [N, C, h, w])"""
     tensors = {"dout": dout, "shift": shift, "y": y, "dgate": dgates}
     if is_channels_last(y):
-        return _walk(_gate_backward_channels_last, y.shape, True, **tensors)
+        return _walk(_gate_backward_channels_last, y.shape, True, None, **tensors)
     (n, c, h, w), (rows, block_k) = y.shape, _gate_tile(y)
     tiles, channels = triton.cdiv(h, rows) * triton.cdiv(w, block_k), triton.cdiv(c, len(dgates))
     arguments = _arguments(tensors, C=c, h=h, w=w, channels=channels)
@@ -541,7 +554,7 @@ def sums(*launches: Launch) -> Tensor:
     tiles, channels = max(each.tiles for each in launches), [each.arguments["C"] for each in launches]
     partial = torch.zeros((len(x), tiles, sum(channels)), dtype=torch.float32, device=x.device)
     for each, place in zip(launches, partial.split(channels, 2), strict=True):
-        replace(each, arguments=each.arguments | _arguments({"sums": place})).run()
+        each.into(place).run()
     return partial.sum(1)
 
 
@@ -551,16 +564,22 @@ def why_not(main: Tensor, others: Iterable[Tensor | None]) -> str | None:
     for x in tensors:
         if x.device != main.device:
             return f"needs all tensors on one device, got {main.device} and {x.device}"
-    if not main.is_cuda and not (INTERPRETED and main.device.type == "cpu"):
-        return f"needs CUDA tensors, got {main.device.type}"
-    if main.is_cuda and _capability(main.device) < (8, 0):
-        return f"needs compute capability 8.0, got {'.'.join(map(str, _capability(main.device)))}"
-    if main.is_cuda and not _can_build_launchers():
+    reason = why_not_device(main.device)
+    return reason or why_no_kernel([x for x in tensors if x.ndim == 4], is_channels_last(main))
+
+
+def why_not_device(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device, or None where they can."""
+    if device.type != "cuda":
+        return None if INTERPRETED and device.type == "cpu" else f"needs CUDA tensors, got {device.type}"
+    if capability(device) < (8, 0):
+        return f"needs compute capability 8.0, got {'.'.join(map(str, capability(device)))}"
+    if not _can_build_launchers():
         return "needs a C compiler and Python's headers: Triton builds the launchers of its kernels with them"
-    return why_no_kernel([x for x in tensors if x.ndim == 4], is_channels_last(main))
+    return None
 
 
-_capability = cache(torch.cuda.get_device_capability)
+capability = cache(torch.cuda.get_device_capability)
 
 
 @cache

@@ -1,0 +1,311 @@
+"""The plan in Triton kernels on a GPU, in float32, float16 or bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..ops import _triton_kernels as pointwise
+from . import _triton_kernels as kernels
+from .pack import Weights
+from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
+
+View = Callable[[Slice], Tensor]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GATE_ROWS = 8  # that a program walks down: the same for any batch, so that sums are
+POINTS = 128  # pixels of a tile in the kernels that only move data
+
+# Pixels of a tile, warps and stages of the pipeline, by GPU family and block of output channels. "sm90" reads boxes
+# through tensor descriptors, from which Hopper multiplies without registers; "sm80" reads by pointers.
+TILES = {
+    "sm90": {16: (128, 4, 4), 32: (128, 4, 4), 64: (128, 4, 4), 128: (128, 8, 4)},
+    "sm80": {16: (128, 4, 3), 32: (128, 4, 3), 64: (128, 4, 3), 128: (64, 4, 3)},
+}
+boxes = True  # whether sources may be read in boxes: tests switch it off
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a matrix product is cut: ``pixels`` x ``channels``, ``depth`` at a time."""
+
+    boxes: bool
+    swap: bool
+    pixels: int
+    channels: int
+    depth: int
+    warps: int
+    stages: int
+
+    def count(self, height: int, width: int) -> int:
+        """Tiles of an image."""
+        return height * triton.cdiv(width, self.pixels) if self.boxes else triton.cdiv(height * width, self.pixels)
+
+    @property
+    def constants(self) -> dict:
+        return {"BOXES": self.boxes, "BP": self.pixels, "BN": self.channels, "BK": self.depth, "STAGES": self.stages}
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run on a device in a dtype, or None where it can."""
+    if dtype not in DTYPES:
+        return f"computes in float32, float16 or bfloat16, not in {str(dtype)[6:]}"
+    return pointwise.why_not_device(device)
+
+
+def parts(step: Step, height: int, width: int, device: torch.device, dtype: torch.dtype) -> int:
+    """In how many parts a step leaves sums over ``height`` x ``width`` pixels: its tiles."""
+    if isinstance(step, Gate):
+        below = (1, step.out.channels, height // 2, width // 2)
+        return pointwise.walk_tiles(below, dtype.itemsize, GATE_ROWS)
+    return _tile_for(step.sources, step.out.channels, width, device, dtype).count(height, width)
+
+
+def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
+    """Weights by name: those of convolutions as [taps, padded channels, channels], and a bias in float32."""
+    if isinstance(step, Gate):
+        return {}
+    if isinstance(step, Excite):
+        return {step.weights: tuple(x.to(device, torch.float32).contiguous() for x in weights[step.weights])}
+    if isinstance(step, Head):
+        weight, bias = weights[step.weights]
+        by_tap = weight.permute(0, 2, 3, 1).reshape(len(weight), 9, -1)
+        return {step.weights: (by_tap.to(device, torch.float32).contiguous(), bias.to(device, torch.float32))}
+    if isinstance(step, Attend):
+        psi, bias = (x.to(device, torch.float32).flatten() for x in weights[step.weights])
+        return {step.project: _packed(*weights[step.project], device, dtype), step.weights: (psi, bias)}
+    names = [(step.weights, step.scale is not None)]
+    if step.shortcut is not None:
+        names.append((step.shortcut.weights, step.shortcut.scaled))
+    # those that a recalibration scales are rounded once, after it
+    return {name: _packed(*weights[name], device, torch.float32 if scaled else dtype) for name, scaled in names}
+
+
+def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
+    """A call that runs a step on the memory that ``view`` gives; a slice has ``pixels`` on the step's level."""
+    match step:
+        case Convolve():
+            launches = _convolve(step, weights, view)
+        case Attend():
+            launches = [_attend(step, weights, view)]
+        case Gate():
+            launches = [_gate(step, view)]
+        case Excite():
+            launches = _excite(step, weights, view, pixels)
+        case Head():
+            launches = [_head(step, weights, view)]
+
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    return run
+
+
+def _convolve(step: Convolve, weights: Weights, view: View) -> list[Callable[[], None]]:
+    sources, out = [view(source) for source in step.sources], view(step.out)
+    n, height, width, channels = out.shape
+    tile = _tile_for(step.sources, channels, width, out.device, out.dtype)
+    launches: list[Callable[[], None]] = []
+
+    def scaled(packed: tuple[Tensor, Tensor], scale: Tensor | None) -> tuple[Tensor, int]:
+        """Weights as rows, and the step in rows from slice to slice."""
+        weight = packed[0].flatten(0, 1)  # [rows, channels]
+        if scale is None:
+            return weight, 0
+        rows, depth = weight.shape
+        result = torch.empty(n * rows, depth, dtype=out.dtype, device=out.device)
+        grid = (triton.cdiv(rows, 32), n, triton.cdiv(depth, 64))
+        arguments = {"w": weight, "scale": scale, "out": result, "rows": rows, "C": depth, "BC": 64, "ROWS": 32}
+        launches.append(_launch(kernels.scale_weights, grid, arguments))
+        return result, rows
+
+    shortcut, scale = step.shortcut, None if step.scale is None else view(step.scale)
+    w, w_rows = scaled(weights[step.weights], scale)
+    more = {"shortcut_w": w, "shortcut_rows": 0, "shortcut_bias": None, "shortcut_out": out, "SHORTCUT_RELU": False}
+    if shortcut is not None:
+        packed = weights[shortcut.weights]
+        rows, step_of_rows = scaled(packed, scale if shortcut.scaled else None)
+        more = {"shortcut_w": rows, "shortcut_rows": step_of_rows, "shortcut_bias": packed[1]}
+        more |= {"shortcut_out": view(shortcut.out), "SHORTCUT_RELU": shortcut.relu}
+    second = sources[1] if len(sources) > 1 else sources[0]
+    sums = None if step.sums is None else view(step.sums)
+    arguments = {
+        **_operand("x0", sources[0], tile),
+        **_operand("x1", second, tile),
+        "w": _rows(w, tile),
+        "w_rows": w_rows,
+        "bias": weights[step.weights][1],
+        "out": out,
+        "out_strides": out.stride(),
+        "sums": sums,
+        "sums_strides": (0, 0, 1) if sums is None else sums.stride(),
+        "H": height,
+        "W": width,
+        "TAPS": step.size**2,
+        "C0": sources[0].shape[3],
+        "C1": second.shape[3] if len(sources) > 1 else 0,
+        "OUT": channels,
+        "RELU": step.relu,
+        "RESIDUAL": step.residual,
+        "SHORTCUT": shortcut is not None,
+        "SWAP": tile.swap,
+        **more,
+        "shortcut_w": _rows(more["shortcut_w"], tile),
+        "shortcut_strides": more["shortcut_out"].stride(),
+        **tile.constants,
+    }
+    grid = (n * tile.count(height, width) * triton.cdiv(channels, tile.channels),)
+    launches.append(_launch(kernels.convolve, grid, arguments, tile.warps))
+    if step.pooled is not None:
+        launches.append(_pool(out, view(step.pooled)))
+    return launches
+
+
+def _pool(x: Tensor, out: Tensor) -> Callable[[], None]:
+    n, height, width, channels = out.shape
+    block = _power(channels, 16, 64)
+    grid = (n * triton.cdiv(height * width, POINTS) * triton.cdiv(channels, block),)
+    arguments = {"x": x, "x_strides": x.stride(), "out": out, "out_strides": out.stride(), "H": height, "W": width}
+    return _launch(kernels.pool, grid, arguments | {"C": channels, "BC": block, "BP": POINTS})
+
+
+def _attend(step: Attend, weights: Weights, view: View) -> Callable[[], None]:
+    row, below, out = view(step.row), view(step.below), view(step.out)
+    (n, height, width), channels = out.shape, row.shape[3]
+    tile = _tile_for([step.row], channels, width, row.device, row.dtype, swap=False)
+    (psi, psi_bias), (weight, bias) = weights[step.weights], weights[step.project]
+    arguments = {
+        **_operand("row", row, tile),
+        "below": below,
+        "below_strides": below.stride(),
+        "w": _rows(weight.flatten(0, 1), tile),
+        "bias": bias,
+        "psi": psi,
+        "psi_bias": psi_bias,
+        "out": out,
+        "H": height,
+        "W": width,
+        "h_inverse": 1 / (height - 1),
+        "w_inverse": 1 / (width - 1),
+        "C": channels,
+        "EACH": step.each,
+        **tile.constants,
+    }
+    return _launch(kernels.attend, (n * tile.count(height, width),), arguments, tile.warps)
+
+
+def _gate(step: Gate, view: View) -> Callable[[], None]:
+    y, out = (view(used).permute(0, 3, 1, 2) for used in (step.below, step.out))
+    gate = None if step.attention is None else view(step.attention)[:, None]
+    launch = pointwise.up_forward(y, gate, out, GATE_ROWS)
+    return launch.run if step.sums is None else launch.into(view(step.sums)).run
+
+
+def _excite(step: Excite, weights: Weights, view: View, pixels: int) -> list[Callable[[], None]]:
+    (squeeze, stretch), out, launches = weights[step.weights], view(step.out), []
+    means = torch.empty_like(out)
+    first = 0
+    for sums in map(view, step.sums):
+        n, count, channels = sums.shape
+        arguments = {"sums": sums, "strides": sums.stride(), "out": means[:, first:], "out_stride": means.stride(0)}
+        arguments |= {"parts": count, "pixels": pixels, "C": channels, "BC": 32}
+        launches.append(_launch(kernels.means, (n, triton.cdiv(channels, 32)), arguments))
+        first += channels
+    arguments = {"means": means, "w1": squeeze, "w2": stretch, "out": out, "C": out.shape[1], "R": len(squeeze)}
+    arguments |= {"BC": 64, "BR": _power(len(squeeze), 1, 1024)}
+    return [*launches, _launch(kernels.excite, (len(out),), arguments)]
+
+
+def _head(step: Head, weights: Weights, view: View) -> Callable[[], None]:
+    x, out = view(step.source), view(step.out)
+    n, height, width, channels = x.shape
+    weight, bias = weights[step.weights]
+    arguments = {
+        "x": x,
+        "x_strides": x.stride(),
+        "w": weight,
+        "bias": bias,
+        "logits": out if step.threshold is None else None,
+        "mask": None if step.threshold is None else out,
+        "threshold": None if step.threshold is None else view(step.threshold),
+        "H": height,
+        "W": width,
+        "C": channels,
+        "OUT": out.shape[1],
+        "BC": _power(channels, 1, 1024),
+        "BP": POINTS,
+    }
+    return _launch(kernels.head, (n * triton.cdiv(height * width, POINTS),), arguments)
+
+
+def _launch(kernel, grid: tuple[int, ...], arguments: dict, warps: int = 4) -> Callable[[], None]:
+    anything = next(x for x in arguments.values() if isinstance(x, Tensor))
+
+    def run() -> None:
+        if 0 not in grid:
+            with torch.cuda.device_of(anything):
+                kernel[grid](**arguments, num_warps=warps)
+
+    return run
+
+
+def _tile_for(
+    sources: Sequence[Slice], out: int, width: int, device: torch.device, dtype: torch.dtype, swap: bool = True
+) -> Tile:
+    """The tile of a product of ``sources`` to ``out`` channels in rows of ``width`` pixels.
+
+    It depends on no batch size. ``swap`` says whether channels may be the rows of the product.
+    """
+    counts, channels = [source.channels for source in sources], _power(out, 16, 128)
+    boxed = why_no_boxes([*counts, out], device, dtype) is None
+    pixels, warps, stages = TILES["sm90" if boxed else "sm80"][channels]
+    depth = next((k for k in (64, 32, 16) if all(count % k == 0 for count in counts)), 16)
+    if not boxed:
+        return Tile(False, False, pixels, channels, min(depth, 32), warps, stages)
+    pixels = _power(width, 16, pixels)
+    depth = min(depth, 128 // dtype.itemsize)  # bytes of a row that shared memory is swizzled in
+    return Tile(True, swap and pixels < 64 <= channels, pixels, channels, depth, warps, stages)
+
+
+def why_no_boxes(channels: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why slices cannot be read through tensor descriptors, or None where they can.
+
+    ``channels`` are all that a step reads and writes: what slices begin at, and how many channels the buffers have
+    that they lie in, are multiples of one of these.
+    """
+    if not boxes:
+        return "is switched off"
+    if device.type == "cuda" and pointwise.capability(device) < (9, 0):
+        return "needs compute capability 9.0"
+    if any(count * dtype.itemsize % 16 for count in channels):
+        return "needs addresses and steps that are multiples of 16 bytes"
+    return None
+
+
+def _operand(name: str, x: Tensor, tile: Tile) -> dict:
+    """A source as the kernels take it: boxes of pixels of one row, or a pointer with its steps."""
+    given = TensorDescriptor.from_tensor(x, [1, 1, tile.pixels, tile.depth]) if tile.boxes else x
+    return {name: given, f"{name}_strides": x.stride()}
+
+
+def _rows(weights: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(weights, [tile.channels, tile.depth]) if tile.boxes else weights
+
+
+def _packed(weight: Tensor, bias: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[out, in, k, k] -> [k * k, out padded to whole blocks, in], and the bias in float32."""
+    out, channels, rows, columns = weight.shape
+    by_tap = weight.permute(2, 3, 0, 1).reshape(rows * columns, out, channels)
+    padded = F.pad(by_tap, (0, 0, 0, -out % _power(out, 16, 128)))
+    return padded.to(device, dtype).contiguous(), bias.to(device, torch.float32)
+
+
+def _power(size: int, least: int, most: int) -> int:
+    """The smallest power of two from ``size`` on, within bounds."""
+    return max(least, min(most, triton.next_power_of_2(size)))
