@@ -21,13 +21,19 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GATE_ROWS = 8  # that a program walks down: the same for any batch, so that sums are
 POINTS = 128  # pixels of a tile in the kernels that only move data
 
-# Pixels of a tile, warps and stages of the pipeline, by GPU family and block of output channels. "sm90" reads boxes
-# through tensor descriptors, from which Hopper multiplies without registers; "sm80" reads by pointers.
+# Pixels of a tile, warps and stages of the pipeline, by GPU family and block of output channels. All but "sm80" read
+# boxes through tensor descriptors, from which Hopper multiplies without registers; "sm80" reads by pointers.
 TILES = {
-    "sm90": {16: (128, 4, 4), 32: (128, 4, 4), 64: (128, 4, 4), 128: (128, 8, 4)},
     "sm80": {16: (128, 4, 3), 32: (128, 4, 3), 64: (128, 4, 3), 128: (64, 4, 3)},
+    "sm90": {
+        16: (128, 4, 4),
+        32: (128, 4, 4),
+        64: (128, 4, 4),
+        128: (128, 8, 4),
+    },  # also 10.x: 227 KiB of shared memory
+    "sm120": {16: (128, 4, 3), 32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 2)},  # 99 KiB
 }
-boxes = True  # whether sources may be read in boxes: tests switch it off
+forced: str | None = None  # for tests: the family whose tiles are used
 
 
 @dataclass(frozen=True)
@@ -88,30 +94,50 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
 
 def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
     """A call that runs a step on the memory that ``view`` gives; a slice has ``pixels`` on the step's level."""
-    match step:
-        case Convolve():
-            launches = _convolve(step, weights, view)
-        case Attend():
-            launches = [_attend(step, weights, view)]
-        case Gate():
-            launches = [_gate(step, view)]
-        case Excite():
-            launches = _excite(step, weights, view, pixels)
-        case Head():
-            launches = [_head(step, weights, view)]
+    ready = launches(step, weights, view, pixels)
 
     def run() -> None:
-        for launch in launches:
-            launch()
+        for launch in ready:
+            launch.run()
 
     return run
 
 
-def _convolve(step: Convolve, weights: Weights, view: View) -> list[Callable[[], None]]:
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with what it is launched with."""
+
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    arguments: dict
+    warps: int = 4
+
+    def run(self) -> None:
+        if 0 not in self.grid:
+            with torch.cuda.device_of(next(x for x in self.arguments.values() if isinstance(x, Tensor))):
+                self.kernel[self.grid](**self.arguments, num_warps=self.warps)
+
+
+def launches(step: Step, weights: Weights, view: View, pixels: int) -> list[Launch | pointwise.Launch]:
+    """What a step launches, one after the other."""
+    match step:
+        case Convolve():
+            return _convolve(step, weights, view)
+        case Attend():
+            return [_attend(step, weights, view)]
+        case Gate():
+            return [_gate(step, view)]
+        case Excite():
+            return _excite(step, weights, view, pixels)
+        case Head():
+            return [_head(step, weights, view)]
+
+
+def _convolve(step: Convolve, weights: Weights, view: View) -> list[Launch]:
     sources, out = [view(source) for source in step.sources], view(step.out)
     n, height, width, channels = out.shape
     tile = _tile_for(step.sources, channels, width, out.device, out.dtype)
-    launches: list[Callable[[], None]] = []
+    found: list[Launch] = []
 
     def scaled(packed: tuple[Tensor, Tensor], scale: Tensor | None) -> tuple[Tensor, int]:
         """Weights as rows, and the step in rows from slice to slice."""
@@ -122,7 +148,7 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> list[Callable[[],
         result = torch.empty(n * rows, depth, dtype=out.dtype, device=out.device)
         grid = (triton.cdiv(rows, 32), n, triton.cdiv(depth, 64))
         arguments = {"w": weight, "scale": scale, "out": result, "rows": rows, "C": depth, "BC": 64, "ROWS": 32}
-        launches.append(_launch(kernels.scale_weights, grid, arguments))
+        found.append(Launch(kernels.scale_weights, grid, arguments))
         return result, rows
 
     shortcut, scale = step.shortcut, None if step.scale is None else view(step.scale)
@@ -161,21 +187,22 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> list[Callable[[],
         **tile.constants,
     }
     grid = (n * tile.count(height, width) * triton.cdiv(channels, tile.channels),)
-    launches.append(_launch(kernels.convolve, grid, arguments, tile.warps))
+    found.append(Launch(kernels.convolve, grid, arguments, tile.warps))
     if step.pooled is not None:
-        launches.append(_pool(out, view(step.pooled)))
-    return launches
+        found.append(_pool(out, view(step.pooled)))
+    return found
 
 
-def _pool(x: Tensor, out: Tensor) -> Callable[[], None]:
+def _pool(x: Tensor, out: Tensor) -> Launch:
     n, height, width, channels = out.shape
     block = _power(channels, 16, 64)
-    grid = (n * triton.cdiv(height * width, POINTS) * triton.cdiv(channels, block),)
+    points = 2048 // block  # 16 numbers a thread
+    grid = (n * triton.cdiv(height * width, points) * triton.cdiv(channels, block),)
     arguments = {"x": x, "x_strides": x.stride(), "out": out, "out_strides": out.stride(), "H": height, "W": width}
-    return _launch(kernels.pool, grid, arguments | {"C": channels, "BC": block, "BP": POINTS})
+    return Launch(kernels.pool, grid, arguments | {"C": channels, "BC": block, "BP": points})
 
 
-def _attend(step: Attend, weights: Weights, view: View) -> Callable[[], None]:
+def _attend(step: Attend, weights: Weights, view: View) -> Launch:
     row, below, out = view(step.row), view(step.below), view(step.out)
     (n, height, width), channels = out.shape, row.shape[3]
     tile = _tile_for([step.row], channels, width, row.device, row.dtype, swap=False)
@@ -197,32 +224,32 @@ def _attend(step: Attend, weights: Weights, view: View) -> Callable[[], None]:
         "EACH": step.each,
         **tile.constants,
     }
-    return _launch(kernels.attend, (n * tile.count(height, width),), arguments, tile.warps)
+    return Launch(kernels.attend, (n * tile.count(height, width),), arguments, tile.warps)
 
 
-def _gate(step: Gate, view: View) -> Callable[[], None]:
+def _gate(step: Gate, view: View) -> pointwise.Launch:
     y, out = (view(used).permute(0, 3, 1, 2) for used in (step.below, step.out))
     gate = None if step.attention is None else view(step.attention)[:, None]
     launch = pointwise.up_forward(y, gate, out, GATE_ROWS)
-    return launch.run if step.sums is None else launch.into(view(step.sums)).run
+    return launch if step.sums is None else launch.into(view(step.sums))
 
 
-def _excite(step: Excite, weights: Weights, view: View, pixels: int) -> list[Callable[[], None]]:
-    (squeeze, stretch), out, launches = weights[step.weights], view(step.out), []
+def _excite(step: Excite, weights: Weights, view: View, pixels: int) -> list[Launch]:
+    (squeeze, stretch), out, found = weights[step.weights], view(step.out), []
     means = torch.empty_like(out)
     first = 0
     for sums in map(view, step.sums):
         n, count, channels = sums.shape
         arguments = {"sums": sums, "strides": sums.stride(), "out": means[:, first:], "out_stride": means.stride(0)}
         arguments |= {"parts": count, "pixels": pixels, "C": channels, "BC": 32}
-        launches.append(_launch(kernels.means, (n, triton.cdiv(channels, 32)), arguments))
+        found.append(Launch(kernels.means, (n, triton.cdiv(channels, 32)), arguments))
         first += channels
     arguments = {"means": means, "w1": squeeze, "w2": stretch, "out": out, "C": out.shape[1], "R": len(squeeze)}
     arguments |= {"BC": 64, "BR": _power(len(squeeze), 1, 1024)}
-    return [*launches, _launch(kernels.excite, (len(out),), arguments)]
+    return [*found, Launch(kernels.excite, (len(out),), arguments)]
 
 
-def _head(step: Head, weights: Weights, view: View) -> Callable[[], None]:
+def _head(step: Head, weights: Weights, view: View) -> Launch:
     x, out = view(step.source), view(step.out)
     n, height, width, channels = x.shape
     weight, bias = weights[step.weights]
@@ -241,18 +268,7 @@ def _head(step: Head, weights: Weights, view: View) -> Callable[[], None]:
         "BC": _power(channels, 1, 1024),
         "BP": POINTS,
     }
-    return _launch(kernels.head, (n * triton.cdiv(height * width, POINTS),), arguments)
-
-
-def _launch(kernel, grid: tuple[int, ...], arguments: dict, warps: int = 4) -> Callable[[], None]:
-    anything = next(x for x in arguments.values() if isinstance(x, Tensor))
-
-    def run() -> None:
-        if 0 not in grid:
-            with torch.cuda.device_of(anything):
-                kernel[grid](**arguments, num_warps=warps)
-
-    return run
+    return Launch(kernels.head, (n * triton.cdiv(height * width, POINTS),), arguments)
 
 
 def _tile_for(
@@ -262,9 +278,9 @@ def _tile_for(
 
     It depends on no batch size. ``swap`` says whether channels may be the rows of the product.
     """
-    counts, channels = [source.channels for source in sources], _power(out, 16, 128)
-    boxed = why_no_boxes([*counts, out], device, dtype) is None
-    pixels, warps, stages = TILES["sm90" if boxed else "sm80"][channels]
+    counts, channels, family = [source.channels for source in sources], _power(out, 16, 128), _family(device)
+    boxed = family != "sm80" and why_no_boxes([*counts, out], dtype) is None
+    pixels, warps, stages = TILES[family if boxed else "sm80"][channels]
     depth = next((k for k in (64, 32, 16) if all(count % k == 0 for count in counts)), 16)
     if not boxed:
         return Tile(False, False, pixels, channels, min(depth, 32), warps, stages)
@@ -273,16 +289,19 @@ def _tile_for(
     return Tile(True, swap and pixels < 64 <= channels, pixels, channels, depth, warps, stages)
 
 
-def why_no_boxes(channels: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:
+def _family(device: torch.device) -> str:
+    if forced is not None or device.type != "cuda":
+        return forced or "sm90"
+    major, _ = pointwise.capability(device)
+    return "sm80" if major < 9 else "sm90" if major < 12 else "sm120"
+
+
+def why_no_boxes(channels: Sequence[int], dtype: torch.dtype) -> str | None:
     """Why slices cannot be read through tensor descriptors, or None where they can.
 
     ``channels`` are all that a step reads and writes: what slices begin at, and how many channels the buffers have
     that they lie in, are multiples of one of these.
     """
-    if not boxes:
-        return "is switched off"
-    if device.type == "cuda" and pointwise.capability(device) < (9, 0):
-        return "needs compute capability 9.0"
     if any(count * dtype.itemsize % 16 for count in channels):
         return "needs addresses and steps that are multiples of 16 bytes"
     return None

@@ -1,0 +1,96 @@
+"""The engine's Triton kernels under the interpreter, in both forms of reading; on a GPU, the kernels themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_steps import run_steps, trained
+
+import scoat_fast
+from scoat_fast.engine import plan
+
+backend = pytest.importorskip("scoat_fast.engine.triton", exc_type=ImportError)
+interpreted = pytest.mark.skipif(
+    backend.why_not(torch.device("cpu"), torch.float32) is not None, reason="Triton is not interpreted here"
+)
+SLACK, FLOOR = 2.0, 2e-6  # times stock torch's own error in the same dtype; of the largest value
+
+
+@pytest.fixture(params=["sm90", "sm80"], ids=["boxes", "pointers"])
+def family(request, monkeypatch):
+    monkeypatch.setattr(backend, "forced", request.param)
+    return request.param
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, for a sigmoid of 0
+@pytest.mark.parametrize(("form", "shape", "dtype", "options"), [
+    ({"width": 8}, (2, 16, 32), torch.float16, {}),
+    ({"width": 3, "equations": "paper"}, (1, 16, 16), torch.float32, {"mask": True}),
+    ({"width": 16, "block": "vgg", "in_channels": 3, "out_channels": 2}, (1, 16, 48), torch.float32, {}),
+], ids=["float16", "odd channels", "vgg"])  # fmt: skip
+def test_every_step(family, form, shape, dtype, options):
+    for outcome in run_steps(trained(**form), "triton", dtype, shape, **options):
+        if outcome.slice.buffer == "mask":
+            assert torch.equal(outcome.ours.double(), outcome.exact)
+            continue
+        ours, stock, largest = outcome.errors
+        assert ours <= SLACK * stock + FLOOR * max(largest, 1), (plan.summary(outcome.step), ours, stock)
+
+
+@interpreted
+def test_bits_are_equal_for_any_batch_size_and_order(family):
+    net = trained(width=4)
+    x = torch.rand(2, 1, 16, 16)
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        return scoat_fast.compile(net, backend="triton", size=16, batch_sizes=(len(x),))(x)
+
+    both = logits(x.flip(0)).flip(0)
+    assert torch.equal(torch.cat([logits(x[:1]), logits(x[1:])]), both)
+
+
+def test_boxes_want_aligned_channels():
+    assert backend.why_no_boxes([32, 64], torch.bfloat16) is None
+    assert "multiples of 16 bytes" in backend.why_no_boxes([12, 24], torch.bfloat16)
+    assert backend.why_no_boxes([12, 24], torch.float32) is None
+
+
+def test_what_it_refuses():
+    assert "not in float64" in backend.why_not(torch.device("cpu"), torch.float64)
+    assert backend.why_not(torch.device("meta"), torch.float32) == "needs CUDA tensors, got meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", backend.DTYPES)
+@pytest.mark.parametrize("form", [{"width": 32}, {"width": 8, "equations": "paper"}, {"width": 12, "block": "vgg"}])
+def test_on_a_gpu(form, dtype):
+    net = trained(**form).cuda()
+    x = torch.rand(5, 1, 80, 112, device="cuda")
+    exact = scoat_fast.compile(net, dtype=torch.float64, backend="reference", batch_sizes=(5,), size=(80, 112))(x)
+    for shape in backend.TILES if dtype == torch.bfloat16 and form["width"] == 32 else (None,):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "forced", shape)
+            if shape not in (None, "sm80") and torch.cuda.get_device_capability() < (9, 0):
+                continue
+            stock, ours = (
+                scoat_fast.compile(net, dtype=dtype, backend=name, batch_sizes=(2,), size=(80, 112))
+                for name in ("reference", "triton")
+            )
+        error, stock_error = ((engine(x).double() - exact).abs().max() / exact.abs().max() for engine in (ours, stock))
+        assert error <= 2 * stock_error + 1e-5
+        assert torch.equal(ours(x), ours(x.flip(0)).flip(0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_masks_on_a_gpu(name):
+    net = trained(width=16).cuda()
+    x = torch.rand(7, 1, 64, 48, device="cuda")
+    masks = [
+        scoat_fast.compile(net, dtype=torch.float32, backend=name, batch_sizes=sizes, size=(64, 48)).mask(x)
+        for sizes in ((1,), (2, 4), (8,))
+    ]
+    assert torch.equal(masks[0], masks[1]) or name == "reference"  # cuDNN chooses by the batch
+    assert torch.equal(masks[0], masks[2]) or name == "reference"
+    assert scoat_fast.compile(net, batch_sizes=(8,), size=(64, 48)).parity(x).dice > 0.95
