@@ -1,4 +1,5 @@
-"""Runs every kernel once on a GPU, forwards and backwards, for compute-sanitizer to watch; checks what they compute.
+"""Runs every kernel once on a GPU, for compute-sanitizer to watch: the operations forwards and backwards, the engine.
+Checks what they compute.
 
 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 """
@@ -9,8 +10,11 @@ import sys
 
 import torch
 
+import scoat_fast
 from scoat_fast import ops
 from scoat_fast.ops import parity
+
+FORMS = ({"width": 8}, {"width": 3, "equations": "paper"}, {"width": 64})
 
 
 def main() -> int:
@@ -26,6 +30,15 @@ def main() -> int:
                     if wrong:
                         failures += 1
                         print(f"{op.name} {implementation} {dtype} {sample.name}: {wrong}")
+    for form in FORMS:
+        torch.manual_seed(0)
+        net, x = scoat_fast.SCOATNet(**form).eval().cuda(), torch.rand(2, 1, 48, 80, device="cuda")
+        for dtype in (torch.float32, torch.bfloat16):
+            engine = scoat_fast.compile(net, dtype=dtype, backend="triton", batch_sizes=(2,), size=(48, 80))
+            found = engine.parity(x)
+            if not found.relative < (1e-4 if dtype == torch.float32 else 1e-1):
+                failures += 1
+                print(f"engine {form} {dtype}: {found}")
     torch.cuda.synchronize()
     print(f"{failures} failures")
     return min(failures, 1)
