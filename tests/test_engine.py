@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -166,7 +165,7 @@ def test_the_cpu_backend_is_as_exact_as_torch(form, size):
 
 @native
 @pytest.mark.parametrize("isa, name", [("avx2", "AVX2"), ("base", "baseline")])
-def test_narrower_instruction_sets(isa, name):
+def test_narrower_instruction_sets(isa, name, tmp_path):
     code = (
         "import torch, scoat_fast\n"
         "from scoat_fast import _C\n"
@@ -177,7 +176,7 @@ def test_narrower_instruction_sets(isa, name):
         "assert found.relative < 1e-5, found\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env={"SCOAT_FAST_ISA": isa, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)  # fmt: skip
+                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
     if "AssertionError: baseline" in done.stderr and isa == "avx2":
         pytest.skip("this CPU has no AVX2")
     assert done.returncode == 0, done.stderr
