@@ -12,6 +12,8 @@ import torch
 
 import scoat_fast
 from scoat_fast import ops
+from scoat_fast.bench.contenders import BOUND, engine_for
+from scoat_fast.engine.layout import FLOAT8, has_float8
 from scoat_fast.ops import parity
 
 FORMS = ({"width": 8}, {"width": 3, "equations": "paper"}, {"width": 64})
@@ -33,10 +35,9 @@ def main() -> int:
     for form in FORMS:
         torch.manual_seed(0)
         net, x = scoat_fast.SCOATNet(**form).eval().cuda(), torch.rand(2, 1, 48, 80, device="cuda")
-        for dtype in (torch.float32, torch.bfloat16):
-            engine = scoat_fast.compile(net, dtype=dtype, backend="triton", batch_sizes=(2,), size=(48, 80))
-            found = engine.parity(x)
-            if not found.relative < (1e-4 if dtype == torch.float32 else 1e-1):
+        for dtype in (torch.float32, torch.bfloat16, *((FLOAT8,) if has_float8(x.device) else ())):
+            found = engine_for(net, x, "triton", dtype).parity(x)
+            if not found.relative < BOUND[dtype]:
                 failures += 1
                 print(f"engine {form} {dtype}: {found}")
     torch.cuda.synchronize()

@@ -38,10 +38,17 @@ def copy_gb_per_s(device: torch.device, seconds: float) -> float:
 
 
 def matrix_tflop_per_s(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """The rate of a large matrix product, in TFLOP/s."""
+    """The rate of a large matrix product, in TFLOP/s; of one into bfloat16 for float8."""
     size = MATRIX[device.type]
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / median_ms(lambda: a @ b, device, seconds) / 1e9
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    one = torch.ones((), device=device)
+
+    def product() -> torch.Tensor:
+        if dtype.itemsize == 1:
+            return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
+        return a @ b
+
+    return 2 * size**3 / median_ms(product, device, seconds) / 1e9
 
 
 def _cpu_runs(call: Callable[[], object], flush: torch.Tensor) -> list[float]:

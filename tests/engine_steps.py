@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scoat_fast import SCOATNet
 from scoat_fast.engine import pack, plan, reference
-from scoat_fast.engine.runner import _view, lay_out
+from scoat_fast.engine.layout import lay_out, step_dtype, view_of
 
 
 def trained(**form) -> SCOATNet:
@@ -58,11 +58,11 @@ def run_steps(net: SCOATNet, backend: str, dtype: torch.dtype, shape: tuple[int,
         for name, runner in (("ours", module), ("stock", reference)):
             tensors = _allocate(whole, runner.parts, shape, dtype)
             for used in plan.reads(step):
-                _put(_view(whole, tensors)(used), _view(whole, before)(used))
+                _put(view_of(whole, tensors)(used), view_of(whole, before)(used))
             results[name] = _run(runner, step, whole, weights, tensors, shape, dtype)
         results["exact"] = _run(reference, step, whole, weights, exact, shape, torch.float64)
         for used in plan.writes(step):
-            found = {name: _view(whole, tensors)(used) for name, tensors in results.items()}
+            found = {name: view_of(whole, tensors)(used) for name, tensors in results.items()}
             if whole.buffers[used.buffer].kind == "sums":  # their parts are a backend's own
                 found = {name: x.double().sum(1) for name, x in found.items()}
             outcomes.append(Outcome(step, used, found["ours"], found["stock"], found["exact"]))
@@ -71,9 +71,9 @@ def run_steps(net: SCOATNet, backend: str, dtype: torch.dtype, shape: tuple[int,
 
 def _run(module, step, whole, weights, tensors, shape, dtype) -> dict[str, Tensor]:
     device = torch.device("cpu")
-    ready = module.prepare(step, weights, device, dtype)
+    ready = module.prepare(step, weights, device, step_dtype(whole, step, dtype))
     with torch.no_grad():
-        module.bind(step, ready, _view(whole, tensors), (shape[1] >> step.level) * (shape[2] >> step.level))()
+        module.bind(step, ready, view_of(whole, tensors), (shape[1] >> step.level) * (shape[2] >> step.level))()
     return tensors
 
 

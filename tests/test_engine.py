@@ -7,7 +7,10 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from engine_steps import run_steps, trained
@@ -16,10 +19,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import scoat_fast
-from scoat_fast import SCOATNet, WeightsError
+from scoat_fast import ScoatFastError, SCOATNet, WeightsError
 from scoat_fast.bench.eager import EagerSCOATNet
-from scoat_fast.engine import plan
-from scoat_fast.engine.runner import lay_out
+from scoat_fast.engine import calibrate, pack, plan
+from scoat_fast.engine.layout import FLOAT8, lay_out
+from scoat_fast.imaging.volume import Turn
+from scoat_fast.imaging.window import Window
 
 FORMS = (
     {"width": 8},
@@ -254,6 +259,73 @@ def test_nan_gives_no_clean_mask(backend):
     assert engine.mask(x)[engine(x).isnan()].all()
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_scales_in_the_weights_change_nothing(form, monkeypatch):
+    """Powers of two: the network of the rescaled weights gives the same bits."""
+    net = trained(**form)
+    x = torch.rand(2, net.in_channels, 32, 48)
+    whole, weights = plan.build(net), pack.pack(net)
+    scales = calibrate.calibrate(whole, weights, x)
+    assert {len(scale.unique()) for scale in scales.values()} != {1}
+    plain = scoat_fast.compile(net, backend="reference", size=(32, 48))
+    monkeypatch.setattr("scoat_fast.engine.runner.pack", lambda net: calibrate.rescale(whole, weights, scales))
+    scaled = scoat_fast.compile(net, backend="reference", size=(32, 48))
+    for ours, expected in zip(
+        *(tree_leaves(engine(x, return_attention=True)) for engine in (scaled, plain)), strict=True
+    ):
+        assert torch.equal(ours, expected)
+    assert torch.equal(scaled.mask(x), plain.mask(x))
+
+
+def test_scales_bring_features_into_range():
+    """Of the calibration slices, with a factor of two to spare and no more than another lost to whole binades."""
+    net = trained(width=8)
+    whole, weights = plan.build(net), pack.pack(net)
+    for factor in (1e-3, 1.0, 1e5):  # of the first weights, and so of most features
+        weights["conv0_0.conv1"] = tuple(factor * x for x in weights["conv0_0.conv1"])
+        x = torch.rand(3, 1, 32, 32)
+        scales = calibrate.calibrate(whole, weights, x)
+        largest = calibrate._largest(whole, calibrate.rescale(whole, weights, scales), x)
+        for used, most in largest.items():
+            if whole.buffers[used.buffer].kind == "features":
+                assert most <= torch.finfo(FLOAT8).max / 2, used
+        assert largest[plan.Slice("between0_0", 0, 8)] > torch.finfo(FLOAT8).max / 4
+
+
+def test_float8_finds_the_same_opacity():
+    """On slices of a patient that the weights were not trained on."""
+    net = SCOATNet.from_pretrained("scoat-w16").eval()
+    volume = nib.load(Path(__file__).parent.parent / "examples" / "ct.nii.gz")
+    slices = Turn(volume.affine).to_slices(volume.get_fdata(dtype=np.float32))[::4]
+    x = torch.from_numpy(Window(*net.pretrained.window).apply(slices))[:, None]
+    engine = scoat_fast.compile(net, dtype=FLOAT8, calibration=x, batch_sizes=(2,))
+    assert engine.backend == "reference" and "not in float8" in engine.refusals["cpu"]
+    found = engine.parity(x)
+    assert 0 < found.relative < 0.1 and 0.97 < found.dice < 1
+    assert 0.97 < engine.calibration_dice < 1
+    assert f"bfloat16 on the calibration slices: {engine.calibration_dice:.4f}" in str(engine)
+    assert engine(x).dtype == torch.float32
+    places = lay_out(engine.plan, lambda *_: 1, 1, 256, 256, engine.device, FLOAT8).places
+    assert {name: places[name][2] for name in ("row0", "x0_4", "input")} == {
+        "row0": FLOAT8, "x0_4": torch.bfloat16, "input": torch.bfloat16
+    }  # fmt: skip
+
+
+def test_float8_wants_slices_to_calibrate_on(net):
+    x = torch.rand(1, 1, 16, 16)
+    with pytest.raises(ValueError, match="calibration slices are wanted for float8"):
+        scoat_fast.compile(net, dtype=FLOAT8)
+    with pytest.raises(ValueError, match="for nothing else"):
+        scoat_fast.compile(net, dtype=torch.float32, calibration=x)
+    with pytest.raises(ValueError, match="at least one calibration slice"):
+        scoat_fast.compile(net, dtype=FLOAT8, calibration=x[:0])
+    with pytest.raises(ValueError, match=r"wants \[N, 1, H, W\], got \(1, 2"):
+        scoat_fast.compile(net, dtype=FLOAT8, calibration=torch.rand(1, 2, 16, 16))
+    x[0, 0, 3, 4] = torch.nan
+    with pytest.raises(ScoatFastError, match="calibration slices give NaN"):
+        scoat_fast.compile(net, dtype=FLOAT8, calibration=x)
+
+
 def test_bad_input():
     engine = scoat_fast.compile(trained(width=8), size=32)
     for x, reason in (
@@ -272,7 +344,7 @@ def test_bad_input():
 def test_bad_options():
     net = trained(width=8)
     for options, error, reason in (
-        ({"dtype": torch.int8}, ValueError, "float64, float32, float16, bfloat16, got torch.int8"),
+        ({"dtype": torch.int8}, ValueError, "bfloat16, float8_e4m3fn, got torch.int8"),
         ({"backend": "tpu"}, ValueError, "got 'tpu'"),
         ({"batch_sizes": ()}, ValueError, "batch sizes"),
         ({"batch_sizes": (0,)}, ValueError, "batch sizes"),

@@ -20,7 +20,9 @@ from test_triton_aot import SHARED, disassembly, specialized
 
 triton = pytest.importorskip("triton")
 
-FAMILIES = {80: "sm80", 86: "sm80", 90: "sm90", 100: "sm90", 120: "sm120"}
+FAMILIES = {80: "sm80", 86: "sm80", 89: "sm80", 90: "sm90", 100: "sm90", 120: "sm120"}
+WIDTHS = {80: (32,), 86: (32,), 90: (32, 64), 100: (32,), 120: (32,)}
+WIDTHS_IN_FLOAT8 = {89: (32,), 90: (32,)}
 SHARED = {**SHARED, 86: 99}
 # by what they write: wide and narrow rows, one source and two, channels as rows, recalibrated, pooled
 STEPS = ("x0_4", "between0_4", "between2_1", "between3_1", "x4_0", "attention1_1", "scale1_1", "logits4", "pool2")
@@ -42,8 +44,10 @@ def compiled() -> list[dict]:
     return json.loads(run.stdout)
 
 
-def of(compiled: list[dict], *capabilities: int, kernels: tuple[str, ...] = CONVOLUTIONS) -> list[dict]:
-    found = [each for each in compiled if each["capability"] in capabilities and each["kernel"] in kernels]
+def of(compiled: list[dict], *capabilities: int, float8: bool = False) -> list[dict]:
+    """The products of features with weights."""
+    found = [each for each in compiled if each["capability"] in capabilities and each["kernel"] in CONVOLUTIONS]
+    found = [each for each in found if each["float8"] == float8]
     assert found
     return found
 
@@ -72,16 +76,24 @@ def test_registers_leave_room(compiled):
             assert each["registers"] <= 255 and each["registers"] * 32 * each["warps"] <= 65536, each
 
 
-def test_hopper_multiplies_from_shared_memory(compiled):
-    for each in of(compiled, 90):
+@pytest.mark.parametrize(("float8", "instruction"), [(False, "HGMMA"), (True, "QGMMA")])
+def test_hopper_multiplies_from_shared_memory(compiled, float8, instruction):
+    for each in of(compiled, 90, float8=float8):
         if each["instructions"] is None:
             pytest.skip("this Triton brings no cuobjdump")
         assert any(name.startswith("UTMALDG.4D") for name in each["instructions"]), each
-        assert any(name.startswith("HGMMA") for name in each["instructions"]), each
-        assert not any(name.startswith("HMMA") for name in each["instructions"]), each
-        assert each["products"] > each["from_registers"] == 0, (
-            each
-        )  # a left matrix that is loaded into registers halves the rate
+        assert any(name.startswith(instruction) for name in each["instructions"]), each
+        assert not any(name.startswith(("HMMA", "QMMA")) for name in each["instructions"]), each
+        # a left matrix that is loaded into registers halves the rate
+        assert each["products"] > each["from_registers"] == 0, each
+
+
+def test_float8_saturates(compiled):
+    """What is too large becomes the largest number, not NaN."""
+    found = [each for each in of(compiled, 89, 90, float8=True) if each["kernel"] == "convolve"]
+    for each in found:
+        wide = each["step"].endswith("-> x0_4[0:32]")  # in bfloat16
+        assert each["conversions"] == ([] if wide else ["cvt.rn.satfinite.e4m3x2.f32"]), each
 
 
 def test_older_cards_multiply_with_tensor_cores(compiled):
@@ -100,7 +112,7 @@ def launches(capability: int, width: int, size: int, dtype: torch.dtype) -> Iter
     from scoat_fast import SCOATNet
     from scoat_fast.engine import pack, plan
     from scoat_fast.engine import triton as backend
-    from scoat_fast.engine.runner import _view, lay_out
+    from scoat_fast.engine.layout import lay_out, step_dtype, view_of
 
     backend.forced, device = FAMILIES[capability], torch.device("meta")
     net = SCOATNet(width=width)
@@ -109,8 +121,8 @@ def launches(capability: int, width: int, size: int, dtype: torch.dtype) -> Iter
     tensors = {name: torch.empty(shape, dtype=kind, device=device) for name, (_, shape, kind) in places.items()}
     for step in whole.steps:
         if {used.buffer for used in plan.writes(step)} & set(STEPS):
-            ready = backend.prepare(step, weights, device, dtype)
-            for launch in backend.launches(step, ready, _view(whole, tensors), (size >> step.level) ** 2):
+            ready = backend.prepare(step, weights, device, step_dtype(whole, step, dtype))
+            for launch in backend.launches(step, ready, view_of(whole, tensors), (size >> step.level) ** 2):
                 yield launch, plan.summary(step)
 
 
@@ -148,23 +160,23 @@ def source(launch):
 def measure(launch, capability: int, what: str) -> dict:
     from triton.backends.compiler import GPUTarget
 
-    kernel = triton.compile(
-        source(launch), target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps}
-    )
+    made = source(launch)
+    kernel = triton.compile(made, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
     found = {"kernel": kernel.metadata.name, "capability": capability, "step": what, "warps": launch.warps}
     left = re.findall(r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*(\S)", kernel.asm["ptx"])  # "{" where it is in registers
+    conversions = sorted(set(re.findall(r"cvt\.\S*e4m3x2\.f32", kernel.asm["ptx"])))
+    found |= {"float8": "fp8e4nv" in str(made.signature), "conversions": conversions}
     found |= {"shared": kernel.metadata.shared, "products": len(left), "from_registers": left.count("{")}
     return found | disassembly(kernel.asm["cubin"], with_instructions=capability in (80, 90))
 
 
 def main() -> None:
-    measured = []
-    for capability in FAMILIES:
-        shapes = ((32, 512), (64, 512)) if capability == 90 else ((32, 512),)
-        seen = set()
-        for width, size in shapes:
-            for launch, what in launches(capability, width, size, torch.bfloat16):
-                key = (launch.kernel.fn.__name__, str(source(launch).signature), str(source(launch).constants))
+    measured, seen = [], set()
+    for dtype, widths in ((torch.bfloat16, WIDTHS), (torch.float8_e4m3fn, WIDTHS_IN_FLOAT8)):
+        for capability, width in ((capability, width) for capability, each in widths.items() for width in each):
+            for launch, what in launches(capability, width, 512, dtype):
+                made = source(launch)
+                key = (capability, launch.kernel.fn.__name__, str(made.signature), str(made.constants))
                 if key not in seen:
                     seen.add(key)
                     measured.append(measure(launch, capability, f"width {width}: {what}"))

@@ -149,6 +149,7 @@ def specialized(value) -> tuple[str, bool]:
     """The type of an argument for Triton, and whether it is a multiple of 16."""
     if isinstance(value, Tensor):
         names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+        names |= {torch.float8_e4m3fn: "*fp8e4nv"}
         return names[value.dtype], value.data_ptr() % 16 == 0
     if value is None or value == 1:
         return "constexpr", False

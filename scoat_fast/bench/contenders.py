@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..engine.layout import FLOAT8, has_float8
 from ..engine.runner import ORDER, Engine
 from ..engine.runner import compile as compile_network
 from ..model import SCOATNet
 from .eager import EagerSCOATNet
 
 # of the largest logit, against float64: what rounding through about forty layers may make of the dtype's precision
-BOUND = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+BOUND = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, FLOAT8: 0.5}
 TF32_BOUND = 1e-2
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -59,7 +60,8 @@ def contenders(device: torch.device, compile: bool) -> Iterator[Contender]:
     elif compile:
         yield Contender("compile float32", single, _stock(single, contiguous, "default"))
     for backend in ORDER[device.type]:
-        for dtype in (*HALVES, single) if device.type == "cuda" else (single,):
+        eight = (FLOAT8,) if backend == "triton" and has_float8(device) else ()
+        for dtype in (*HALVES, single, *eight) if device.type == "cuda" else (single,):
             yield Contender(f"engine {backend} {str(dtype)[6:]}", dtype, _engine(backend, dtype))
     if device.type == "cpu" and all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         yield Contender("ONNX Runtime float32", single, _onnx_runtime)
@@ -73,8 +75,10 @@ def baseline_of(net: SCOATNet) -> EagerSCOATNet:
 
 
 def engine_for(net: SCOATNet, x: Tensor, backend: str, dtype: torch.dtype) -> Engine:
-    """An engine that takes ``x`` at once."""
-    return compile_network(net, device=x.device, dtype=dtype, backend=backend, batch_sizes=(len(x),), size=x.shape[2:])
+    """An engine that takes ``x`` at once, and is calibrated on some of it for float8."""
+    calibration = x[:2] if dtype == FLOAT8 else None
+    sizes = {"batch_sizes": (len(x),), "size": x.shape[2:]}
+    return compile_network(net, device=x.device, dtype=dtype, backend=backend, calibration=calibration, **sizes)
 
 
 def _stock(dtype: torch.dtype, layout: torch.memory_format, mode: str | None = None):

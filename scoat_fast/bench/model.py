@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clock import copy_gb_per_s, matrix_tflop_per_s, median_ms
+from ..engine.layout import FLOAT8, has_float8
 from ..engine.plan import Convolve, build, cost, summary
 from ..engine.runner import ORDER
 from ..model import SCOATNet
@@ -47,6 +48,7 @@ def run(
     """
     result = {**facts(device, commit), "copy_gb_per_s": copy_gb_per_s(device, 0.5)}
     dtypes = (torch.float32, *HALVES) if device.type == "cuda" else (torch.float32,)
+    dtypes += (FLOAT8,) if has_float8(device) else ()
     result["matrix_tflop_per_s"] = {str(dtype)[6:]: matrix_tflop_per_s(device, dtype, 0.5) for dtype in dtypes}
     result |= {"steps": [], "convolutions": [], "rows": []}
 

@@ -13,8 +13,8 @@ import triton.language as tl
 
 @triton.jit
 def convolve(
-    x0, x0_strides, x1, x1_strides, w, w_rows, shortcut_w, shortcut_rows, bias, shortcut_bias, out, out_strides,
-    shortcut_out, shortcut_strides, sums, sums_strides, H, W,
+    x0, x0_strides, x1, x1_strides, w, w_rows, shortcut_w, shortcut_rows, bias, shortcut_bias, unit, shortcut_unit,
+    out, out_strides, shortcut_out, shortcut_strides, sums, sums_strides, H, W,
     TAPS: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, OUT: tl.constexpr,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr, SHORTCUT_RELU: tl.constexpr, SHORTCUT: tl.constexpr,
     BOXES: tl.constexpr, SWAP: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -39,7 +39,7 @@ def convolve(
     channel = block * BN + tl.arange(0, BN)
     ok = inside[:, None] & (channel < OUT)[None, :]
     places = _places(out, out_strides, n, pixel, channel)
-    value = _finished(acc, bias, channel, OUT, SWAP)
+    value = _finished(acc, unit, bias, channel, OUT, SWAP)
     if RESIDUAL == "before":
         value += tl.load(places, mask=ok, other=0.0).to(tl.float32)
     if RELU:
@@ -58,7 +58,7 @@ def convolve(
         if C1 > 0:
             acc = _add(acc, x1, x1_strides, C1, shortcut_w, row, C0, n, y, x, inside, H, W, 1, C0 + C1, OUT, BP, BN,
                        BK, BOXES, SWAP, STAGES)  # fmt: skip
-        value = _finished(acc, shortcut_bias, channel, OUT, SWAP)
+        value = _finished(acc, shortcut_unit, shortcut_bias, channel, OUT, SWAP)
         if SHORTCUT_RELU:
             value = _relu(value)
         places = _places(shortcut_out, shortcut_strides, n, pixel, channel)
@@ -67,7 +67,7 @@ def convolve(
 
 @triton.jit
 def attend(
-    row, row_strides, below, below_strides, w, bias, psi, psi_bias, out, H, W, h_inverse, w_inverse,
+    row, row_strides, below, below_strides, w, bias, unit, psi, psi_bias, out, H, W, h_inverse, w_inverse,
     C: tl.constexpr, EACH: tl.constexpr, BOXES: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def attend(
                 at = low + r.to(tl.int64) * below_strides[1] + c * below_strides[2]
                 value = tl.load(at[:, None] + channel[None, :], mask=ok, other=0.0).to(tl.float32)
                 from_below += (r_weight * c_weight)[:, None] * value
-        from_row = _finished(acc, bias, channel, C, False)
+        from_row = _finished(acc, unit, bias, channel, C, False)
         joined = _relu(from_row) + _relu(from_below) if EACH else _relu(from_row + from_below)
         logit += tl.sum(joined * tl.load(psi + channel, mask=channel < C, other=0.0)[None, :], 1)
     map = 1.0 / (1.0 + tl.exp(-(logit + tl.load(psi_bias))))
@@ -134,12 +134,12 @@ def pool(x, x_strides, out, out_strides, H, W, C: tl.constexpr, BC: tl.constexpr
     channel = block * BC + tl.arange(0, BC)
     ok = inside[:, None] & (channel < C)[None, :]
     first = pixel // W * 4 * W + pixel % W * 2
-    most = tl.load(_places(x, x_strides, n, first, channel), mask=ok, other=0.0)
+    most = tl.load(_places(x, x_strides, n, first, channel), mask=ok, other=0.0).to(tl.float32)
     for k in tl.static_range(1, 4):
         moved = first + k // 2 * 2 * W + k % 2
-        value = tl.load(_places(x, x_strides, n, moved, channel), mask=ok, other=0.0)
+        value = tl.load(_places(x, x_strides, n, moved, channel), mask=ok, other=0.0).to(tl.float32)
         most = tl.maximum(most, value, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(_places(out, out_strides, n, pixel, channel), most, mask=ok)
+    tl.store(_places(out, out_strides, n, pixel, channel), most.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -273,8 +273,10 @@ def _multiplied(acc, left, right, SWAP: tl.constexpr):  # [BP, BK], [BN, BK]
 
 
 @triton.jit
-def _finished(acc, bias, channel, OUT, SWAP: tl.constexpr):  # -> [BP, BN]
+def _finished(acc, unit, bias, channel, OUT, SWAP: tl.constexpr):  # -> [BP, BN]
     value = tl.trans(acc) if SWAP else acc
+    if unit is not None:
+        value *= tl.load(unit + channel, mask=channel < OUT, other=0.0)[None, :]
     return value + tl.load(bias + channel, mask=channel < OUT, other=0.0)[None, :]
 
 

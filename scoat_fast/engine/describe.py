@@ -25,6 +25,11 @@ def describe(engine: Engine) -> str:
         f"SCOATNet on {engine.device}: {engine.backend} backend, {str(engine.dtype)[6:]}, "
         f"batches of {', '.join(map(str, engine.batch_sizes))}, {height}x{width}",
         *(f"not {name}, which {reason}" for name, reason in engine.refusals.items()),
+        *(
+            []
+            if engine.calibration_dice is None
+            else [f"Dice of its masks against bfloat16 on the calibration slices: {engine.calibration_dice:.4f}"]
+        ),
         f"floors: {bandwidth / 1e9:.4g} GB/s copied and {rate / 1e12:.3g} TFLOP/s multiplied here, for one slice",
         COLUMNS,
     ]

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import WeightsError
 from ..layers import GatedBlock, PlainBlock, ResidualBlock, SpatialAttention
 from ..model import SCOATNet
+from .layout import FLOAT8
 
 Weights = dict[str, tuple[Tensor, Tensor]]
 
@@ -52,6 +53,13 @@ def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     scale = _exact(norm.weight) / torch.sqrt(_exact(norm.running_var) + norm.eps)
     bias = (_exact(convolution.bias) - _exact(norm.running_mean)) * scale + _exact(norm.bias)
     return _exact(convolution.weight) * scale[:, None, None, None], bias
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [out, in, k, k] in float8, and what each output channel of them is to be multiplied by: float32 [out]."""
+    most = weight.abs().amax((1, 2, 3))
+    scale = torch.where(most > 0, most / torch.finfo(FLOAT8).max, 1.0)
+    return (weight / scale[:, None, None, None]).to(FLOAT8), scale.float()
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from ..model import ATTENTION_NODES, LEVELS, SCOATNet
 
 KINDS = {
     "features": "[N, H, W, C] in the engine's dtype",
-    "map": "[N, H, W] in the engine's dtype",
+    "wide": "[N, H, W, C] in the engine's dtype, or bfloat16 where that is float8",
+    "map": "[N, H, W], as wide",
     "sums": "[N, parts, C] in float32: sums over parts of the pixels, in as many parts as the backend likes",
     "scale": "[N, C] in float32",
     "logits": "[N, C, H, W] in float32",
@@ -203,7 +204,7 @@ class _Builder:
 
     def plan(self) -> Plan:
         outputs = []
-        pooled = self.new("input", "features", self.net.in_channels, 0)
+        pooled = self.new("input", "wide", self.net.in_channels, 0)  # eight bits of float are no grey values
         inputs = ["input"]
         if self.mask:
             inputs.append(self.new("threshold", "threshold", 1, 0).buffer)
@@ -229,7 +230,7 @@ class _Builder:
         """Where ``x[i, j]`` lies. The last node of a row is read by the level above alone, and stands alone."""
         c, last = self.width[i], LEVELS - 1 - i
         if j == last:
-            return self.new(f"x{i}_{j}", "features", c, i)
+            return self.new(f"x{i}_{j}", "wide" if i == 0 else "features", c, i)  # only a head reads x0_4
         self.new(f"row{i}", "features", last * c, i)
         return Slice(f"row{i}", j * c, c)
 
@@ -268,7 +269,7 @@ class _Builder:
             self.steps.append(Gate(0, below, gated))
             self.block(0, j, (row, gated))
             return
-        projected = self.new(f"projected{name}", "features", self.width[i], i + 1)
+        projected = self.new(f"projected{name}", "wide", self.width[i], i + 1)
         attention = self.new(f"attention{name}", "map", 1, i)
         sums = self.new(f"gated_sums{name}", "sums", below.channels, i)
         scale = self.new(f"scale{name}", "scale", row.channels + below.channels, i)
@@ -344,7 +345,8 @@ def cost(plan: Plan, step: Step, n: int, height: int, width: int, itemsize: int)
 
 def _bytes(buffer: Buffer, used: Slice, n: int, height: int, width: int, itemsize: int) -> int:
     pixels = (height >> buffer.level) * (width >> buffer.level)
-    size = {"features": itemsize * pixels, "map": itemsize * pixels, "logits": 4 * pixels, "mask": pixels}
+    wide = max(itemsize, 2) * pixels
+    size = {"features": itemsize * pixels, "wide": wide, "map": wide, "logits": 4 * pixels, "mask": pixels}
     return n * used.channels * size.get(buffer.kind, 4)
 
 

@@ -1,6 +1,7 @@
 """The plan in operators of PyTorch, on any device and in any dtype: the definition of what each step does.
 
-A backend is a module with these four functions.
+float8 is only stored: what is multiplied are the same numbers in float32. A backend is a module with these four
+functions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pack import Weights
+from .layout import FLOAT8
+from .pack import Weights, quantise
 from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
 
 View = Callable[[Slice], Tensor]  # the memory of a slice; features as [N, H, W, C]
@@ -29,18 +31,22 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
 
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
     """What a step needs of the weights, laid out for this backend: once for all shapes."""
-    exact = torch.promote_types(dtype, torch.float32)
+    products, others = [], []
     match step:
         case Convolve():
-            wanted = [step.weights, *([step.shortcut.weights] if step.shortcut else [])]
+            products = [step.weights, *([step.shortcut.weights] if step.shortcut else [])]
         case Attend():
-            wanted = [step.project, step.weights]
-        case Gate():
-            wanted = []
-        case _:
-            wanted = [step.weights]
-    kind = exact if isinstance(step, Excite) else dtype
-    return {name: tuple(x.to(device, kind) for x in weights[name]) for name in wanted}
+            products, others = [step.project], [step.weights]
+        case Excite() | Head():
+            others = [step.weights]
+    kind = torch.float32 if dtype == FLOAT8 else dtype
+    prepared = {name: tuple(x.to(device, kind) for x in weights[name]) for name in (*products, *others)}
+    if dtype == FLOAT8:
+        for name in products:
+            weight, bias = prepared[name]
+            rounded, scale = quantise(weight)
+            prepared[name] = rounded.float() * scale[:, None, None, None], bias
+    return prepared
 
 
 def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
@@ -52,22 +58,21 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
 
 def _convolve(step: Convolve, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
-        given = torch.cat([_channels_first(view(source)) for source in step.sources], 1)
+        given = torch.cat([_read(view(source)) for source in step.sources], 1)
         x = given if step.scale is None else given * view(step.scale)[:, :, None, None].to(given.dtype)
         y = F.conv2d(x, *weights[step.weights], padding=step.size // 2)
-        out = _channels_first(view(step.out))
         if step.residual == "before":
-            y = y + out
+            y = y + _read(view(step.out))
         if step.relu:
             y = F.relu(y)
         if step.residual == "after":
-            y = y + out
+            y = y + _read(view(step.out))
         if step.shortcut is not None:
             shortcut = F.conv2d(x if step.shortcut.scaled else given, *weights[step.shortcut.weights])
-            _channels_first(view(step.shortcut.out)).copy_(F.relu(shortcut) if step.shortcut.relu else shortcut)
-        out.copy_(y)
+            _write(view(step.shortcut.out), F.relu(shortcut) if step.shortcut.relu else shortcut)
+        _write(view(step.out), y)
         if step.pooled is not None:
-            _channels_first(view(step.pooled)).copy_(F.max_pool2d(y, 2))
+            _write(view(step.pooled), F.max_pool2d(y, 2))
         if step.sums is not None:
             _sum(y, view(step.sums))
 
@@ -76,8 +81,8 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> Callable[[], None
 
 def _attend(step: Attend, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
-        from_row = F.conv2d(_channels_first(view(step.row)), *weights[step.project])
-        from_below = _up(_channels_first(view(step.below)))
+        from_row = F.conv2d(_read(view(step.row)), *weights[step.project])
+        from_below = _up(_read(view(step.below)))
         joined = F.relu(from_row) + F.relu(from_below) if step.each else F.relu(from_row + from_below)
         view(step.out).copy_(F.conv2d(joined, *weights[step.weights]).sigmoid()[:, 0])
 
@@ -86,10 +91,10 @@ def _attend(step: Attend, weights: Weights, view: View) -> Callable[[], None]:
 
 def _gate(step: Gate, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
-        y = _up(_channels_first(view(step.below)))
+        y = _up(_read(view(step.below)))
         if step.attention is not None:
             y = y * (1 + view(step.attention)[:, None])
-        _channels_first(view(step.out)).copy_(y)
+        _write(view(step.out), y)
         if step.sums is not None:
             _sum(y, view(step.sums))
 
@@ -108,7 +113,7 @@ def _excite(step: Excite, weights: Weights, view: View, pixels: int) -> Callable
 
 def _head(step: Head, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
-        logits = F.conv2d(_channels_first(view(step.source)), *weights[step.weights], padding=1)
+        logits = F.conv2d(_read(view(step.source)), *weights[step.weights], padding=1)
         view(step.out).copy_(
             logits if step.threshold is None else ~(logits <= view(step.threshold))
         )  # NaN: no clean zero
@@ -125,5 +130,14 @@ def _up(y: Tensor) -> Tensor:
     return F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True)
 
 
-def _channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
+def _read(x: Tensor) -> Tensor:
+    """[N, H, W, C] -> [N, C, H, W], to compute with."""
+    x = x.permute(0, 3, 1, 2)
+    return x.float() if x.dtype == FLOAT8 else x
+
+
+def _write(to: Tensor, x: Tensor) -> None:  # [N, H, W, C], [N, C, H, W]
+    if to.dtype == FLOAT8:  # what is too large becomes the largest number, not NaN
+        limit = torch.finfo(FLOAT8).max
+        x = x.float().clamp(-limit, limit)
+    to.copy_(x.permute(0, 2, 3, 1))

@@ -16,15 +16,16 @@ from ..layers import pad_to_multiple
 from ..model import ATTENTION_NODES, LEVELS, SCOATNet
 from ..ops._backend import disabled
 from . import plan as plans
+from .calibrate import calibrate, rescale
+from .layout import FLOAT8, lay_out, step_dtype, view_of
 from .pack import pack
-from .plan import Plan, Slice, Step
+from .plan import Plan, Step
 
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 BACKENDS = ("reference", "cpu", "triton")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, FLOAT8)
 BATCH_SIZES = {"cuda": (1, 8, 32), "cpu": (1,)}  # a CPU is not faster with more slices at once: they leave its caches
 SIZE = 512
-ALIGNMENT = 256  # bytes
 FACTOR = 2 ** (LEVELS - 1)  # height and width of a plan are multiples of this
 
 
@@ -57,19 +58,24 @@ def compile(
     backend: str | None = None,
     batch_sizes: Sequence[int] | None = None,
     size: int | tuple[int, int] | None = None,
+    calibration: Tensor | None = None,
 ) -> Engine:
     """Turns a trained network into its fastest forward pass. The network stays as it is.
 
     Args:
         net: in evaluation mode or not: the engine computes what evaluation mode gives. Hooks on it do not run.
         device: where the engine runs; the network's own by default.
-        dtype: float64, float32, float16 or bfloat16; by default bfloat16 on GPUs that have it (float16 on older
-            ones), float32 elsewhere. All sums are in float32, or float64.
+        dtype: float64, float32, float16, bfloat16 or float8_e4m3fn; by default bfloat16 on GPUs that have it (float16
+            on older ones), float32 elsewhere. All sums are in float32, or float64. With float8 the input, the last
+            features and the attention maps are bfloat16.
         backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
         batch_sizes: how many slices run at once. A batch of another size is cut into these, and its tail is padded.
             By default 1, 8 and 32 on a GPU, 1 on a CPU.
         size: height and width for which everything is prepared, so that the first batch is fast; by default what the
             weights were trained on, or 512. Other sizes are prepared when they first come.
+        calibration: for float8 only, and needed there: real slices [N, in_channels, H, W] as the network takes them,
+            from which the scales of features are taken, and on which the Dice against bfloat16 is measured that
+            ``print(engine)`` shows.
 
     Raises:
         BackendRefused: a RuntimeError, if the backend that was asked for cannot run here: with the reason.
@@ -90,7 +96,11 @@ def compile(
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ValueError(f"a height and width from 1 on are wanted, got {size}")
-    return Engine(net, device, dtype, backend, batch_sizes, (height, width))
+    if (dtype == FLOAT8) != (calibration is not None):
+        raise ValueError(f"calibration slices are wanted for float8_e4m3fn and for nothing else, got {dtype}")
+    if calibration is not None and not len(calibration):
+        raise ValueError("at least one calibration slice is wanted, got none")
+    return Engine(net, device, dtype, backend, batch_sizes, (height, width), calibration)
 
 
 class Engine:
@@ -108,14 +118,22 @@ class Engine:
         backend: str | None,
         batch_sizes: Sequence[int],
         size: tuple[int, int],
+        calibration: Tensor | None = None,
     ):
-        weights = pack(net)
         self.net, self.device, self.dtype, self.batch_sizes = net, device, dtype, tuple(sorted(set(batch_sizes)))
         self.size, self.in_channels = size, net.in_channels
         self.backend, self._module, self.refusals = _choose(backend, device, dtype)
         self._plans = {key: plans.build(net, *key) for key in ((False, False), (False, True), (True, False))}
-        steps = {step for plan in self._plans.values() for step in plan.steps}
-        self._packed = {step: self._module.prepare(step, weights, device, dtype) for step in steps}
+        weights = pack(net)
+        if calibration is not None:
+            self._check(calibration := calibration.to(device))
+            given = pad_to_multiple(calibration.float(), FACTOR)
+            weights = rescale(self.plan, weights, calibrate(self.plan, weights, given))
+        self._packed = {
+            step: self._module.prepare(step, weights, device, step_dtype(plan, step, dtype))
+            for plan in self._plans.values()
+            for step in plan.steps
+        }
         self._listed = net.deep_supervision
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._ready: dict[tuple, _Prepared] = {}
@@ -123,6 +141,7 @@ class Engine:
         for n in reversed(self.batch_sizes):  # the largest first: the others fit in its memory
             for key in ((False, False), (True, False)):
                 self._prepare(n, *self.padded_size, *key)
+        self.calibration_dice = None if calibration is None else self._calibration_dice(calibration)
 
     @property
     def plan(self) -> Plan:
@@ -187,10 +206,12 @@ class Engine:
         ours = self(batch)
         error = ((ours[-1] if isinstance(ours, list) else ours).double() - exact).abs().max().item()
         mask, wanted = self.mask(batch, threshold).bool(), exact > math.log(threshold / (1 - threshold))
-        both = int(mask.sum() + wanted.sum())
-        return EngineParity(
-            error, error / exact.abs().max().item(), 2 * int((mask & wanted).sum()) / both if both else 1.0
-        )
+        return EngineParity(error, error / exact.abs().max().item(), _dice(mask, wanted))
+
+    def _calibration_dice(self, batch: Tensor) -> float:
+        """The Dice of the masks of this engine and one of bfloat16."""
+        wide = Engine(self.net, self.device, torch.bfloat16, self.backend, self.batch_sizes, self.size)
+        return _dice(self.mask(batch).bool(), wide.mask(batch).bool())
 
     @torch.no_grad()
     def _run(self, batch: Tensor, mask: bool, attention: bool = False, threshold: float = 0.0) -> list[Tensor]:
@@ -227,9 +248,10 @@ class Engine:
                 self._memory = torch.zeros(layout.bytes, dtype=torch.uint8, device=self.device)
             calls = []
             tensors = layout.tensors(self._memory)
+            view = view_of(plan, tensors)
             for step in plan.steps:
                 pixels = (height >> step.level) * (width >> step.level)
-                calls.append(self._module.bind(step, self._packed[step], _view(plan, tensors), pixels))
+                calls.append(self._module.bind(step, self._packed[step], view, pixels))
             self._ready[key] = _Prepared(tensors, calls, plan)
         return self._ready[key]
 
@@ -237,56 +259,6 @@ class Engine:
         from .describe import describe
 
         return describe(self)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the buffers of a plan lie for one shape: offset in bytes, shape and dtype of each."""
-
-    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]]
-    bytes: int
-
-    def tensors(self, memory: Tensor) -> dict[str, Tensor]:
-        """The buffers as views of ``memory``."""
-        return {
-            name: memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for name, (start, shape, dtype) in self.places.items()
-        }
-
-
-def lay_out(
-    plan: Plan, parts: Callable[..., int], n: int, height: int, width: int, device: torch.device, dtype: torch.dtype
-) -> Layout:
-    """Places buffers so that those which live at the same time do not overlap, large ones first."""
-    exact = torch.promote_types(dtype, torch.float32)
-    divided = {}
-    for step in plan.steps:
-        if isinstance(sums := getattr(step, "sums", None), Slice):
-            divided[sums.buffer] = parts(step, height >> step.level, width >> step.level, device, dtype)
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for name, buffer in plan.buffers.items():
-        c, h, w = buffer.channels, height >> buffer.level, width >> buffer.level
-        shapes[name] = {
-            "features": ((n, h, w, c), dtype),
-            "map": ((n, h, w), dtype),
-            "sums": ((n, divided.get(name, 1), c), exact),
-            "scale": ((n, c), exact),
-            "logits": ((n, c, h, w), exact),
-            "mask": ((n, c, h, w), torch.uint8),
-            "threshold": ((1,), exact),
-        }[buffer.kind]
-    sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in shapes.items()}
-    starts: dict[str, int] = {}
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        born, dead = plan.lifetimes[name]
-        beside = [o for o in starts if plan.lifetimes[o][0] <= dead and plan.lifetimes[o][1] >= born]
-        start = 0
-        for other in sorted(beside, key=starts.__getitem__):
-            if start + sizes[name] <= starts[other]:
-                break
-            start = max(start, -(-(starts[other] + sizes[other]) // ALIGNMENT) * ALIGNMENT)
-        starts[name] = start
-    return Layout({name: (starts[name], *shapes[name]) for name in sizes}, max(starts[n] + sizes[n] for n in sizes))
 
 
 class _Prepared:
@@ -327,16 +299,6 @@ class _Prepared:
                 self._go()
 
 
-def _view(plan: Plan, tensors: dict[str, Tensor]) -> Callable[[Slice], Tensor]:
-    def view(used: Slice) -> Tensor:
-        whole = tensors[used.buffer]
-        if plan.buffers[used.buffer].kind in ("features", "sums", "scale"):
-            return whole[..., used.first : used.first + used.channels]
-        return whole
-
-    return view
-
-
 def _choose(wanted: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, ModuleType, dict[str, str]]:
     """The backend that runs here, and the reasons against those before it. One that is asked for must run."""
     if wanted is not None and wanted not in BACKENDS:
@@ -354,6 +316,11 @@ def _choose(wanted: str | None, device: torch.device, dtype: torch.dtype) -> tup
             return name, module, refusals
         refusals[name] = reason
     raise BackendRefused(refusals)
+
+
+def _dice(a: Tensor, b: Tensor) -> float:
+    both = int(a.sum() + b.sum())
+    return 2 * int((a & b).sum()) / both if both else 1.0
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -1,4 +1,4 @@
-"""The plan in Triton kernels on a GPU, in float32, float16 or bfloat16."""
+"""The plan in Triton kernels on a GPU, in float32, float16, bfloat16 or float8."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops import _triton_kernels as pointwise
 from . import _triton_kernels as kernels
-from .pack import Weights
+from .layout import FLOAT8, has_float8
+from .pack import Weights, quantise
 from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
 
 View = Callable[[Slice], Tensor]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, FLOAT8)
 GATE_ROWS = 8  # that a program walks down: the same for any batch, so that sums are
 POINTS = 128  # pixels of a tile in the kernels that only move data
 
@@ -60,7 +60,9 @@ class Tile:
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run on a device in a dtype, or None where it can."""
     if dtype not in DTYPES:
-        return f"computes in float32, float16 or bfloat16, not in {str(dtype)[6:]}"
+        return f"computes in float32, float16, bfloat16 or float8_e4m3fn, not in {str(dtype)[6:]}"
+    if dtype == FLOAT8 and device.type == "cuda" and not has_float8(device):
+        return f"needs compute capability 8.9 for float8, got {'.'.join(map(str, pointwise.capability(device)))}"
     return pointwise.why_not_device(device)
 
 
@@ -73,7 +75,7 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
 
 
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
-    """Weights by name: those of convolutions as [taps, padded channels, channels], and a bias in float32."""
+    """Weights by name: those of products with features as ``_packed`` gives them."""
     if isinstance(step, Gate):
         return {}
     if isinstance(step, Excite):
@@ -88,8 +90,7 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
     names = [(step.weights, step.scale is not None)]
     if step.shortcut is not None:
         names.append((step.shortcut.weights, step.shortcut.scaled))
-    # those that a recalibration scales are rounded once, after it
-    return {name: _packed(*weights[name], device, torch.float32 if scaled else dtype) for name, scaled in names}
+    return {name: _packed(*weights[name], device, dtype, scaled) for name, scaled in names}
 
 
 def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
@@ -135,17 +136,17 @@ def launches(step: Step, weights: Weights, view: View, pixels: int) -> list[Laun
 
 def _convolve(step: Convolve, weights: Weights, view: View) -> list[Launch]:
     sources, out = [view(source) for source in step.sources], view(step.out)
-    n, height, width, channels = out.shape
-    tile = _tile_for(step.sources, channels, width, out.device, out.dtype)
+    (n, height, width, channels), dtype = out.shape, sources[0].dtype
+    tile = _tile_for(step.sources, channels, width, out.device, dtype)
     found: list[Launch] = []
 
-    def scaled(packed: tuple[Tensor, Tensor], scale: Tensor | None) -> tuple[Tensor, int]:
+    def scaled(packed: tuple[Tensor, ...], scale: Tensor | None) -> tuple[Tensor, int]:
         """Weights as rows, and the step in rows from slice to slice."""
         weight = packed[0].flatten(0, 1)  # [rows, channels]
         if scale is None:
             return weight, 0
         rows, depth = weight.shape
-        result = torch.empty(n * rows, depth, dtype=out.dtype, device=out.device)
+        result = torch.empty(n * rows, depth, dtype=dtype, device=out.device)
         grid = (triton.cdiv(rows, 32), n, triton.cdiv(depth, 64))
         arguments = {"w": weight, "scale": scale, "out": result, "rows": rows, "C": depth, "BC": 64, "ROWS": 32}
         found.append(Launch(kernels.scale_weights, grid, arguments))
@@ -153,12 +154,13 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> list[Launch]:
 
     shortcut, scale = step.shortcut, None if step.scale is None else view(step.scale)
     w, w_rows = scaled(weights[step.weights], scale)
-    more = {"shortcut_w": w, "shortcut_rows": 0, "shortcut_bias": None, "shortcut_out": out, "SHORTCUT_RELU": False}
+    more = {"shortcut_w": w, "shortcut_rows": 0, "shortcut_out": out, "SHORTCUT_RELU": False}
+    more |= {"shortcut_bias": None, "shortcut_unit": None}
     if shortcut is not None:
         packed = weights[shortcut.weights]
         rows, step_of_rows = scaled(packed, scale if shortcut.scaled else None)
         more = {"shortcut_w": rows, "shortcut_rows": step_of_rows, "shortcut_bias": packed[1]}
-        more |= {"shortcut_out": view(shortcut.out), "SHORTCUT_RELU": shortcut.relu}
+        more |= {"shortcut_unit": packed[2], "shortcut_out": view(shortcut.out), "SHORTCUT_RELU": shortcut.relu}
     second = sources[1] if len(sources) > 1 else sources[0]
     sums = None if step.sums is None else view(step.sums)
     arguments = {
@@ -167,6 +169,7 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> list[Launch]:
         "w": _rows(w, tile),
         "w_rows": w_rows,
         "bias": weights[step.weights][1],
+        "unit": weights[step.weights][2],
         "out": out,
         "out_strides": out.stride(),
         "sums": sums,
@@ -206,13 +209,14 @@ def _attend(step: Attend, weights: Weights, view: View) -> Launch:
     row, below, out = view(step.row), view(step.below), view(step.out)
     (n, height, width), channels = out.shape, row.shape[3]
     tile = _tile_for([step.row], channels, width, row.device, row.dtype, swap=False)
-    (psi, psi_bias), (weight, bias) = weights[step.weights], weights[step.project]
+    (psi, psi_bias), (weight, bias, unit) = weights[step.weights], weights[step.project]
     arguments = {
         **_operand("row", row, tile),
         "below": below,
         "below_strides": below.stride(),
         "w": _rows(weight.flatten(0, 1), tile),
         "bias": bias,
+        "unit": unit,
         "psi": psi,
         "psi_bias": psi_bias,
         "out": out,
@@ -281,7 +285,8 @@ def _tile_for(
     counts, channels, family = [source.channels for source in sources], _power(out, 16, 128), _family(device)
     boxed = family != "sm80" and why_no_boxes([*counts, out], dtype) is None
     pixels, warps, stages = TILES[family if boxed else "sm80"][channels]
-    depth = next((k for k in (64, 32, 16) if all(count % k == 0 for count in counts)), 16)
+    least = _least_depth(dtype)
+    depth = next((k for k in (64, 32, 16) if k >= least and all(count % k == 0 for count in counts)), least)
     if not boxed:
         return Tile(False, False, pixels, channels, min(depth, 32), warps, stages)
     pixels = _power(width, 16, pixels)
@@ -304,7 +309,14 @@ def why_no_boxes(channels: Sequence[int], dtype: torch.dtype) -> str | None:
     """
     if any(count * dtype.itemsize % 16 for count in channels):
         return "needs addresses and steps that are multiples of 16 bytes"
+    if any(count % _least_depth(dtype) for count in channels) and dtype == FLOAT8:
+        return f"needs multiples of {_least_depth(dtype)} channels for float8"
     return None
+
+
+def _least_depth(dtype: torch.dtype) -> int:
+    """The fewest channels of a box: what one instruction multiplies of 16 bits, or of 8."""
+    return 32 if dtype == FLOAT8 else 16
 
 
 def _operand(name: str, x: Tensor, tile: Tile) -> dict:
@@ -317,12 +329,24 @@ def _rows(weights: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(weights, [tile.channels, tile.depth]) if tile.boxes else weights
 
 
-def _packed(weight: Tensor, bias: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[out, in, k, k] -> [k * k, out padded to whole blocks, in], and the bias in float32."""
+def _packed(
+    weight: Tensor, bias: Tensor, device: torch.device, dtype: torch.dtype, scaled: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights, bias and unit of a product: [out, in, k, k] becomes [k * k, out padded to whole blocks, in].
+
+    The unit, float32 [out], is what sums in float8 are multiplied by; None for other dtypes. Weights that a
+    recalibration scales stay in float32: they are rounded once, after it.
+    """
+    unit = None
+    if dtype == FLOAT8:
+        rounded, unit = quantise(weight)
+        weight = weight / unit[:, None, None, None] if scaled else rounded
+        unit = unit.to(device)
     out, channels, rows, columns = weight.shape
     by_tap = weight.permute(2, 3, 0, 1).reshape(rows * columns, out, channels)
-    padded = F.pad(by_tap, (0, 0, 0, -out % _power(out, 16, 128)))
-    return padded.to(device, dtype).contiguous(), bias.to(device, torch.float32)
+    padding = torch.zeros(rows * columns, -out % _power(out, 16, 128), channels, dtype=weight.dtype)
+    padded = torch.cat([by_tap, padding], 1).to(device, torch.float32 if scaled else dtype)
+    return padded.contiguous(), bias.to(device, torch.float32), unit
 
 
 def _power(size: int, least: int, most: int) -> int:

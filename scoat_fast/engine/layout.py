@@ -1,0 +1,100 @@
+"""Where the buffers of a plan lie in memory, and in which dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .plan import Plan, Slice, Step, reads
+
+FLOAT8 = torch.float8_e4m3fn
+ALIGNMENT = 256  # bytes
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether a GPU multiplies float8 numbers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def dtype_of(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """What buffers of a kind (see ``plan.KINDS``) hold in an engine of ``dtype``."""
+    wide = torch.bfloat16 if dtype == FLOAT8 else dtype
+    if kind in ("wide", "map"):
+        return wide
+    return {"features": dtype, "mask": torch.uint8}.get(kind, torch.promote_types(wide, torch.float32))
+
+
+def step_dtype(plan: Plan, step: Step, dtype: torch.dtype) -> torch.dtype:
+    """What a step multiplies in: the dtype of the first thing that it reads."""
+    return dtype_of(plan.buffers[reads(step)[0].buffer].kind, dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the buffers of a plan lie for one shape: offset in bytes, shape and dtype of each."""
+
+    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]]
+    bytes: int
+
+    def tensors(self, memory: Tensor) -> dict[str, Tensor]:
+        """The buffers as views of ``memory``."""
+        return {
+            name: memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, (start, shape, dtype) in self.places.items()
+        }
+
+
+def lay_out(
+    plan: Plan, parts: Callable[..., int], n: int, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Layout:
+    """Places buffers so that those which live at the same time do not overlap, large ones first.
+
+    ``parts`` is the backend's function of that name.
+    """
+    divided = {}
+    for step in plan.steps:
+        if isinstance(sums := getattr(step, "sums", None), Slice):
+            used = step_dtype(plan, step, dtype)
+            divided[sums.buffer] = parts(step, height >> step.level, width >> step.level, device, used)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, buffer in plan.buffers.items():
+        c, h, w = buffer.channels, height >> buffer.level, width >> buffer.level
+        shape = {
+            "features": (n, h, w, c),
+            "wide": (n, h, w, c),
+            "map": (n, h, w),
+            "sums": (n, divided.get(name, 1), c),
+            "scale": (n, c),
+            "logits": (n, c, h, w),
+            "mask": (n, c, h, w),
+            "threshold": (1,),
+        }[buffer.kind]
+        shapes[name] = shape, dtype_of(buffer.kind, dtype)
+    sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in shapes.items()}
+    starts: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        born, dead = plan.lifetimes[name]
+        beside = [o for o in starts if plan.lifetimes[o][0] <= dead and plan.lifetimes[o][1] >= born]
+        start = 0
+        for other in sorted(beside, key=starts.__getitem__):
+            if start + sizes[name] <= starts[other]:
+                break
+            start = max(start, -(-(starts[other] + sizes[other]) // ALIGNMENT) * ALIGNMENT)
+        starts[name] = start
+    return Layout({name: (starts[name], *shapes[name]) for name in sizes}, max(starts[n] + sizes[n] for n in sizes))
+
+
+def view_of(plan: Plan, tensors: dict[str, Tensor]) -> Callable[[Slice], Tensor]:
+    """The memory of a slice, given that of all buffers."""
+
+    def view(used: Slice) -> Tensor:
+        whole = tensors[used.buffer]
+        if plan.buffers[used.buffer].kind in ("features", "wide", "sums", "scale"):
+            return whole[..., used.first : used.first + used.channels]
+        return whole
+
+    return view
