@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import scoat_fast
 from scoat_fast import ScoatFastError, SCOATNet, WeightsError
 from scoat_fast.bench.eager import EagerSCOATNet
-from scoat_fast.engine import calibrate, pack, plan
+from scoat_fast.engine import calibrate, pack, plan, runner
 from scoat_fast.engine.layout import FLOAT8, lay_out
 from scoat_fast.imaging.volume import Turn
 from scoat_fast.imaging.window import Window
@@ -378,6 +380,22 @@ def test_a_backend_that_is_switched_off_says_so(monkeypatch):
     assert engine.refusals == {"cpu": "is switched off by SCOAT_FAST_DISABLE=engine.cpu"}
     with pytest.raises(RuntimeError, match="switched off"):
         scoat_fast.compile(trained(width=8), backend="cpu")
+
+
+@native
+def test_a_backend_that_computes_wrongly_is_not_chosen(monkeypatch):
+    net, x = trained(width=8, deep_supervision=True), torch.rand(1, 1, 32, 32)
+    monkeypatch.setattr(runner, "CHECKED", ("cpu",))
+    with warnings.catch_warnings(action="error"):
+        assert scoat_fast.compile(net, size=32).backend == "cpu"
+    cpu = importlib.import_module("scoat_fast.engine.cpu")
+    bind = cpu.bind
+    monkeypatch.setattr(cpu, "bind", lambda step, *rest: (lambda: None) if step.level == 3 else bind(step, *rest))
+    with pytest.warns(UserWarning, match="cpu gives logits that are .* stock PyTorch runs instead"):
+        engine = scoat_fast.compile(net, size=32)
+    assert engine.backend == "reference" and "of the largest away" in engine.refusals["cpu"]
+    assert relative(engine(x)[-1], double(net, x)[-1]) < 1e-5
+    assert scoat_fast.compile(net, size=32, backend="cpu").backend == "cpu"  # who asks for it gets it
 
 
 def test_an_engine_prints_its_plan():

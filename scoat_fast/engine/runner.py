@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..layers import pad_to_multiple
 from ..model import ATTENTION_NODES, LEVELS, SCOATNet
@@ -24,6 +26,10 @@ from .plan import Plan, Step
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 BACKENDS = ("reference", "cpu", "triton")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, FLOAT8)
+# Made anew by a compiler on every machine: an engine that chooses one of these by itself checks it first.
+CHECKED = ("triton",)
+# of the largest logit: further off than rounding takes two backends from each other (TF32 in stock convolutions, too)
+BOUND = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1, FLOAT8: 0.5}
 BATCH_SIZES = {"cuda": (1, 8, 32), "cpu": (1,)}  # a CPU is not faster with more slices at once: they leave its caches
 SIZE = 512
 FACTOR = 2 ** (LEVELS - 1)  # height and width of a plan are multiples of this
@@ -68,7 +74,8 @@ def compile(
         dtype: float64, float32, float16, bfloat16 or float8_e4m3fn; by default bfloat16 on GPUs that have it (float16
             on older ones), float32 elsewhere. All sums are in float32, or float64. With float8 the input, the last
             features and the attention maps are bfloat16.
-        backend: "triton", "cpu" or "reference"; the fastest that runs here by default.
+        backend: "triton", "cpu" or "reference"; by default the fastest that runs here, and on a GPU only after its
+            logits for one slice were found near those of "reference".
         batch_sizes: how many slices run at once. A batch of another size is cut into these, and its tail is padded.
             By default 1, 8 and 32 on a GPU, 1 on a CPU.
         size: height and width for which everything is prepared, so that the first batch is fast; by default what the
@@ -100,7 +107,28 @@ def compile(
         raise ValueError(f"calibration slices are wanted for float8_e4m3fn and for nothing else, got {dtype}")
     if calibration is not None and not len(calibration):
         raise ValueError("at least one calibration slice is wanted, got none")
-    return Engine(net, device, dtype, backend, batch_sizes, (height, width), calibration)
+    options = (batch_sizes, (height, width), calibration)
+    engine = Engine(net, device, dtype, backend, *options)
+    if backend is None and engine.backend in CHECKED:
+        stock = Engine(net, device, dtype, "reference", (1,), *options[1:])
+        reason = _why_wrong(engine, stock)
+        if reason is not None:
+            warnings.warn(f"engine: {engine.backend} {reason}; stock PyTorch runs instead", stacklevel=2)
+            refusals = engine.refusals | {engine.backend: reason}
+            del engine, stock  # their memory is given back before more is asked for
+            engine = Engine(net, device, dtype, "reference", *options)
+            engine.refusals = refusals
+    return engine
+
+
+def _why_wrong(engine: Engine, stock: Engine) -> str | None:
+    """What is wrong with an engine's logits for one slice, or None where they are near those of stock PyTorch."""
+    noise = torch.rand(1, engine.in_channels, *engine.size, generator=torch.Generator().manual_seed(0))
+    ours, expected = (torch.stack(tree_leaves(one(noise.to(engine.device)))) for one in (engine, stock))
+    error = ((ours - expected).abs().max() / expected.abs().max()).item()
+    if error <= BOUND[engine.dtype]:
+        return None
+    return f"gives logits that are {error:.1e} of the largest away from stock PyTorch's on this machine"
 
 
 class Engine:
@@ -120,11 +148,11 @@ class Engine:
         size: tuple[int, int],
         calibration: Tensor | None = None,
     ):
+        weights = pack(net)
         self.net, self.device, self.dtype, self.batch_sizes = net, device, dtype, tuple(sorted(set(batch_sizes)))
         self.size, self.in_channels = size, net.in_channels
         self.backend, self._module, self.refusals = _choose(backend, device, dtype)
         self._plans = {key: plans.build(net, *key) for key in ((False, False), (False, True), (True, False))}
-        weights = pack(net)
         if calibration is not None:
             self._check(calibration := calibration.to(device))
             given = pad_to_multiple(calibration.float(), FACTOR)
