@@ -4,6 +4,7 @@
 #   benchmarks/run_on_gpu.sh tests            scoat-fast doctor and the test suite, on the GPU where a test can use it
 #   benchmarks/run_on_gpu.sh sanitize         the kernels under compute-sanitizer
 #   benchmarks/run_on_gpu.sh model            forward pass: eager, torch.compile and the engine, and its single steps
+#   benchmarks/run_on_gpu.sh tune             the engine with tiles tuned on this GPU, which are printed
 #   benchmarks/run_on_gpu.sh ops              the fused operations: Triton, CUDA, eager and torch.compile
 #   benchmarks/run_on_gpu.sh weights DATA     trains scoat-w32 at 512x512 (goes on where it was stopped)
 #
@@ -41,6 +42,12 @@ case $part in
     timeout -k 10 300 python3 -m scoat_fast.cli bench model --width 32 --batch 32 --compile --seconds 1 \
       --commit "$commit" -o "$out/model_compiled.json"
     ;;
+  tune)
+    # goes on where it was stopped, if $out is kept
+    XDG_CACHE_HOME="$out/cache" timeout -k 10 570 python3 -m scoat_fast.cli bench model --width 32 --batch 32 --autotune \
+      --seconds 1 --commit "$commit" -o "$out/model_tuned.json"
+    cat "$out/cache/scoat_fast/tiles.json"
+    ;;
   ops)
     # each ends in good time, with the rows that it has by then; compiling takes seconds a row, so at one batch only
     bench_ops() {
@@ -65,7 +72,7 @@ case $part in
     tail -3 "$out/metrics.csv"
     ;;
   *)
-    sed -n '2,12p' "$0"
+    sed -n '2,13p' "$0"
     exit 2
     ;;
 esac

@@ -130,7 +130,16 @@ def bench_model(args: argparse.Namespace) -> int:
 
     device = find_device(args.device)
     result = run(
-        device, args.width, args.batch, args.size, args.seconds, args.compile, args.commit, args.output, args.details
+        device,
+        args.width,
+        args.batch,
+        args.size,
+        args.seconds,
+        args.compile,
+        args.commit,
+        args.output,
+        args.details,
+        args.autotune,
     )
     return EXIT_OK if passed(result) else EXIT_FAILED_CASES
 
@@ -307,6 +316,9 @@ def _add_bench(commands) -> None:
     command.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="default: 1")
     command.add_argument("--size", type=_size, default=512, help="of the slices (default: %(default)s)")
     command.add_argument("--compile", action="store_true", help="torch.compile, too: minutes")
+    command.add_argument(
+        "--autotune", action="store_true", help="the engine with tiles tuned on this GPU, too: minutes"
+    )
     command.add_argument("--details", action="store_true", help="also the engine's steps, and PyTorch's convolutions")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     command.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each row (default: %(default)s)")

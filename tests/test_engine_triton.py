@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from engine_steps import run_steps, trained
 
 import scoat_fast
-from scoat_fast.engine import plan
+from scoat_fast.engine import plan, tune
 from scoat_fast.engine.layout import FLOAT8
+from scoat_fast.errors import ScoatFastError
 
 backend = pytest.importorskip("scoat_fast.engine.triton", exc_type=ImportError)
 interpreted = pytest.mark.skipif(
@@ -129,3 +132,54 @@ def test_masks_on_a_gpu(name):
     assert torch.equal(masks[0], masks[1]) or name == "reference"  # cuDNN chooses by the batch
     assert torch.equal(masks[0], masks[2]) or name == "reference"
     assert scoat_fast.compile(net, batch_sizes=(8,), size=(64, 48)).parity(x).dice > 0.95
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """A clock that says which tile was measured, and takes 256 pixels and 4 warps for the fastest."""
+    measured = []
+
+    def median_ms(call, device, seconds):
+        (tile,) = tune.chosen.get().values()
+        measured.append(tile)
+        return abs(tile[0] - 256) + abs(tile[1] - 4) + abs(tile[2] - 5)
+
+    monkeypatch.setattr(tune, "median_ms", median_ms)
+    for name, values in (("PIXELS", (256,)), ("WARPS", (4,)), ("STAGES", (3, 5))):
+        monkeypatch.setattr(tune, name, values)
+    return measured
+
+
+@interpreted
+def test_tiles_are_measured_once_and_kept(times, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    net, x = trained(width=3), torch.rand(1, 1, 16, 16)
+    plain = scoat_fast.compile(net, backend="triton", size=16)
+    tuned = scoat_fast.compile(net, backend="triton", size=16, autotune=True)
+    assert set(tuned._tiles.values()) == {(256, 4, 5)} and len(times) > len(tuned._tiles)
+    assert torch.equal(tuned(x), plain(x))
+    assert json.loads(tune.path().read_text()).popitem()[1].keys() == tuned._tiles.keys()
+    del times[:]
+    again = scoat_fast.compile(net, backend="triton", size=16, autotune=True)
+    assert again._tiles == tuned._tiles and not times
+    stages, run = [], backend.Launch.run
+    monkeypatch.setattr(backend.Launch, "run", lambda self: stages.append(self.arguments.get("STAGES", 5)) or run(self))
+    again(x)
+    assert set(stages) == {5}
+    del stages[:]
+    plain(x)
+    assert set(stages) == {3, 4, 5}  # by pointers, and by boxes
+
+
+def test_a_damaged_cache_of_tiles_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tune.path().parent.mkdir()
+    for text in ("{", "[]", '{"a": {"b": [1, 2]}}', '{"a": 3}'):
+        tune.path().write_text(text)
+        with pytest.raises(ScoatFastError, match=r"tiles\.json: damaged; delete it"):
+            tune._read()
+
+
+def test_only_tiles_can_be_tuned():
+    with pytest.raises(ValueError, match="only the triton backend has tiles to tune, and here runs reference"):
+        scoat_fast.compile(trained(width=3), backend="reference", autotune=True)

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "model": {"layers", "ops", "pretrained"},  # from_pretrained, inside the function
     "pretrained": {"errors", "imaging", "model"},
     "clock": set(),
-    "engine": {"_C", "clock", "errors", "layers", "model", "ops"},
+    "engine": {"_C", "clock", "errors", "imaging", "layers", "model", "ops"},
     "segmentation": {"engine", "errors", "imaging", "model"},
     "train": {"errors", "imaging", "model", "pretrained", "segmentation"},
     "weights": set(),

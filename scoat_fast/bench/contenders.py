@@ -42,7 +42,7 @@ class Contender:
         return TF32_BOUND if self.tf32 else BOUND[self.dtype]
 
 
-def contenders(device: torch.device, compile: bool) -> Iterator[Contender]:
+def contenders(device: torch.device, compile: bool, autotune: bool = False) -> Iterator[Contender]:
     """What is compared on a device. Compiling for a CPU takes minutes, and is left out without ``compile``."""
     single, contiguous, last = torch.float32, torch.contiguous_format, torch.channels_last
     yield Contender("eager float32", single, _stock(single, contiguous))
@@ -63,6 +63,8 @@ def contenders(device: torch.device, compile: bool) -> Iterator[Contender]:
         eight = (FLOAT8,) if backend == "triton" and has_float8(device) else ()
         for dtype in (*HALVES, single, *eight) if device.type == "cuda" else (single,):
             yield Contender(f"engine {backend} {str(dtype)[6:]}", dtype, _engine(backend, dtype))
+    if autotune:
+        yield Contender("engine triton bfloat16 autotuned", torch.bfloat16, _engine("triton", torch.bfloat16, True))
     if device.type == "cpu" and all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         yield Contender("ONNX Runtime float32", single, _onnx_runtime)
 
@@ -74,11 +76,11 @@ def baseline_of(net: SCOATNet) -> EagerSCOATNet:
     return baseline
 
 
-def engine_for(net: SCOATNet, x: Tensor, backend: str, dtype: torch.dtype) -> Engine:
+def engine_for(net: SCOATNet, x: Tensor, backend: str, dtype: torch.dtype, autotune: bool = False) -> Engine:
     """An engine that takes ``x`` at once, and is calibrated on some of it for float8."""
-    calibration = x[:2] if dtype == FLOAT8 else None
-    sizes = {"batch_sizes": (len(x),), "size": x.shape[2:]}
-    return compile_network(net, device=x.device, dtype=dtype, backend=backend, calibration=calibration, **sizes)
+    options = {"batch_sizes": (len(x),), "size": x.shape[2:], "autotune": autotune}
+    options |= {"calibration": x[:2]} if dtype == FLOAT8 else {}
+    return compile_network(net, device=x.device, dtype=dtype, backend=backend, **options)
 
 
 def _stock(dtype: torch.dtype, layout: torch.memory_format, mode: str | None = None):
@@ -104,9 +106,9 @@ def _module(net: nn.Module, x: Tensor, dtype: torch.dtype, layout: torch.memory_
     return lambda: net(given)
 
 
-def _engine(backend: str, dtype: torch.dtype):
+def _engine(backend: str, dtype: torch.dtype, autotune: bool = False):
     def start(net: SCOATNet, x: Tensor) -> Call:
-        engine = engine_for(net, x, backend, dtype)
+        engine = engine_for(net, x, backend, dtype, autotune)
         return lambda: engine(x)
 
     return start

@@ -36,6 +36,7 @@ def run(
     commit: str = "",
     output: Path | None = None,
     details: bool = False,
+    autotune: bool = False,
 ) -> dict:
     """Measures, printing each row as it is done, and writes ``output`` anew after each.
 
@@ -66,7 +67,7 @@ def run(
         with torch.no_grad():
             exact = baseline_of(net).double().to(device)(x[:1].double().to(device))
         for batch in batches:
-            for contender in contenders(device, compile):
+            for contender in contenders(device, compile, autotune):
                 row = {"name": contender.name, "width": width, "batch": batch, "size": size}
                 row |= {"dtype": str(contender.dtype)[6:]}
                 row |= measure(contender, net, x[:batch].to(device), exact, seconds)

@@ -22,6 +22,7 @@ from .calibrate import calibrate, rescale
 from .layout import FLOAT8, lay_out, step_dtype, view_of
 from .pack import pack
 from .plan import Plan, Step
+from .tune import Tiles, chosen, tune
 
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 BACKENDS = ("reference", "cpu", "triton")
@@ -65,6 +66,7 @@ def compile(
     batch_sizes: Sequence[int] | None = None,
     size: int | tuple[int, int] | None = None,
     calibration: Tensor | None = None,
+    autotune: bool = False,
 ) -> Engine:
     """Turns a trained network into its fastest forward pass. The network stays as it is.
 
@@ -83,6 +85,9 @@ def compile(
         calibration: for float8 only, and needed there: real slices [N, in_channels, H, W] as the network takes them,
             from which the scales of features are taken, and on which the Dice against bfloat16 is measured that
             ``print(engine)`` shows.
+        autotune: for the Triton backend only: measure on this GPU which tiles are fastest for the largest batch at
+            ``size``, instead of taking them from the table that ships. Takes minutes, once for each network form,
+            size and dtype: what was found is kept in the user's cache, which only engines with this option read.
 
     Raises:
         BackendRefused: a RuntimeError, if the backend that was asked for cannot run here: with the reason.
@@ -108,7 +113,7 @@ def compile(
     if calibration is not None and not len(calibration):
         raise ValueError("at least one calibration slice is wanted, got none")
     options = (batch_sizes, (height, width), calibration)
-    engine = Engine(net, device, dtype, backend, *options)
+    engine = Engine(net, device, dtype, backend, *options, autotune)
     if backend is None and engine.backend in CHECKED:
         stock = Engine(net, device, dtype, "reference", (1,), *options[1:])
         reason = _why_wrong(engine, stock)
@@ -147,6 +152,7 @@ class Engine:
         batch_sizes: Sequence[int],
         size: tuple[int, int],
         calibration: Tensor | None = None,
+        autotune: bool = False,
     ):
         weights = pack(net)
         self.net, self.device, self.dtype, self.batch_sizes = net, device, dtype, tuple(sorted(set(batch_sizes)))
@@ -162,6 +168,12 @@ class Engine:
             for plan in self._plans.values()
             for step in plan.steps
         }
+        self._tiles: Tiles = {}
+        if autotune:
+            if self.backend != "triton":
+                raise ValueError(f"only the triton backend has tiles to tune, and here runs {self.backend}")
+            n = self.batch_sizes[-1]
+            self._tiles = tune(self.plan, self._packed, n, *self.padded_size, device, dtype)
         self._listed = net.deep_supervision
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._ready: dict[tuple, _Prepared] = {}
@@ -268,20 +280,26 @@ class Engine:
     def _prepare(self, n: int, height: int, width: int, mask: bool, attention: bool) -> _Prepared:
         key = (n, height, width, mask, attention)
         if key not in self._ready:
-            plan = self._plans[mask, attention]
-            layout = lay_out(plan, self._module.parts, n, height, width, self.device, self.dtype)
-            if layout.bytes > self._memory.numel():
-                self._ready.clear()  # what they hold is given back before more is asked for
-                self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
-                self._memory = torch.zeros(layout.bytes, dtype=torch.uint8, device=self.device)
-            calls = []
-            tensors = layout.tensors(self._memory)
-            view = view_of(plan, tensors)
-            for step in plan.steps:
-                pixels = (height >> step.level) * (width >> step.level)
-                calls.append(self._module.bind(step, self._packed[step], view, pixels))
-            self._ready[key] = _Prepared(tensors, calls, plan)
+            token = chosen.set(self._tiles)
+            try:
+                self._ready[key] = self._bound(self._plans[mask, attention], n, height, width)
+            finally:
+                chosen.reset(token)
         return self._ready[key]
+
+    def _bound(self, plan: Plan, n: int, height: int, width: int) -> _Prepared:
+        layout = lay_out(plan, self._module.parts, n, height, width, self.device, self.dtype)
+        if layout.bytes > self._memory.numel():
+            self._ready.clear()  # what they hold is given back before more is asked for
+            self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+            self._memory = torch.zeros(layout.bytes, dtype=torch.uint8, device=self.device)
+        calls = []
+        tensors = layout.tensors(self._memory)
+        view = view_of(plan, tensors)
+        for step in plan.steps:
+            pixels = (height >> step.level) * (width >> step.level)
+            calls.append(self._module.bind(step, self._packed[step], view, pixels))
+        return _Prepared(tensors, calls, plan)
 
     def __str__(self) -> str:
         from .describe import describe

@@ -15,6 +15,7 @@ from . import _triton_kernels as kernels
 from .layout import FLOAT8, has_float8
 from .pack import Weights, quantise
 from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
+from .tune import chosen
 
 View = Callable[[Slice], Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, FLOAT8)
@@ -22,15 +23,11 @@ GATE_ROWS = 8  # that a program walks down: the same for any batch, so that sums
 POINTS = 128  # pixels of a tile in the kernels that only move data
 
 # Pixels of a tile, warps and stages of the pipeline, by GPU family and block of output channels. All but "sm80" read
-# boxes through tensor descriptors, from which Hopper multiplies without registers; "sm80" reads by pointers.
+# boxes through tensor descriptors, from which Hopper multiplies without registers; "sm80" reads by pointers. "sm90" is
+# for 10.x, too, with 227 KiB of shared memory.
 TILES = {
     "sm80": {16: (128, 4, 3), 32: (128, 4, 3), 64: (128, 4, 3), 128: (64, 4, 3)},
-    "sm90": {
-        16: (128, 4, 4),
-        32: (128, 4, 4),
-        64: (128, 4, 4),
-        128: (128, 8, 4),
-    },  # also 10.x: 227 KiB of shared memory
+    "sm90": {16: (128, 4, 4), 32: (128, 4, 4), 64: (128, 4, 4), 128: (128, 8, 4)},
     "sm120": {16: (128, 4, 3), 32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 2)},  # 99 KiB
 }
 forced: str | None = None  # for tests: the family whose tiles are used
@@ -275,6 +272,16 @@ def _head(step: Head, weights: Weights, view: View) -> Launch:
     return Launch(kernels.head, (n * triton.cdiv(height * width, POINTS),), arguments)
 
 
+def tile_key(
+    step: Convolve | Attend, width: int, device: torch.device, dtype: torch.dtype
+) -> tuple[str, tuple[int, int, int]]:
+    """What the tile of a step may depend on, and what the table has for it: pixels, warps and stages."""
+    sources, swap = (step.sources, True) if isinstance(step, Convolve) else ([step.row], False)
+    out = step.out.channels if swap else step.row.channels
+    counts = [source.channels for source in sources]
+    return _key(counts, out, width, dtype, swap), _table_for(counts, out, device, dtype)[1]
+
+
 def _tile_for(
     sources: Sequence[Slice], out: int, width: int, device: torch.device, dtype: torch.dtype, swap: bool = True
 ) -> Tile:
@@ -282,9 +289,9 @@ def _tile_for(
 
     It depends on no batch size. ``swap`` says whether channels may be the rows of the product.
     """
-    counts, channels, family = [source.channels for source in sources], _power(out, 16, 128), _family(device)
-    boxed = family != "sm80" and why_no_boxes([*counts, out], dtype) is None
-    pixels, warps, stages = TILES[family if boxed else "sm80"][channels]
+    counts, channels = [source.channels for source in sources], _power(out, 16, 128)
+    boxed, table = _table_for(counts, out, device, dtype)
+    pixels, warps, stages = chosen.get().get(_key(counts, out, width, dtype, swap), table)
     least = _least_depth(dtype)
     depth = next((k for k in (64, 32, 16) if k >= least and all(count % k == 0 for count in counts)), least)
     if not boxed:
@@ -292,6 +299,20 @@ def _tile_for(
     pixels = _power(width, 16, pixels)
     depth = min(depth, 128 // dtype.itemsize)  # bytes of a row that shared memory is swizzled in
     return Tile(True, swap and pixels < 64 <= channels, pixels, channels, depth, warps, stages)
+
+
+def _table_for(
+    counts: Sequence[int], out: int, device: torch.device, dtype: torch.dtype
+) -> tuple[bool, tuple[int, int, int]]:
+    """Whether a product reads boxes, and pixels, warps and stages of its tile."""
+    family = _family(device)
+    boxed = family != "sm80" and why_no_boxes([*counts, out], dtype) is None
+    return boxed, TILES[family if boxed else "sm80"][_power(out, 16, 128)]
+
+
+def _key(counts: Sequence[int], out: int, width: int, dtype: torch.dtype, swap: bool) -> str:
+    what = "convolve" if swap else "attend"
+    return f"{what} {' + '.join(map(str, counts))} -> {out}, {width} wide, {str(dtype)[6:]}"
 
 
 def _family(device: torch.device) -> str:
