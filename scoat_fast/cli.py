@@ -70,16 +70,20 @@ def segment(args: argparse.Namespace) -> int:
     from .segmentation.inference import Segmenter
     from .segmentation.pipeline import Options, segment_files
 
-    segmenter = Segmenter(args.weights, args.device, args.batch_size)
+    devices = [args.device] if args.devices is None else [f"cuda:{number}" for number in args.devices]
+    segmenters = [Segmenter(args.weights, device, args.batch_size) for device in devices]
     options = Options(
         threshold=args.threshold,
         min_mm3=args.min_mm3,
         lung=args.lung,
         save_probabilities=args.save_probabilities,
         save_attention=args.save_attention,
+        redo=args.redo,
         quiet=args.quiet,
+        part=args.part,
+        parts=args.num_parts,
     )
-    return EXIT_OK if segment_files(args.inputs, args.output, segmenter, options) else EXIT_FAILED_CASES
+    return EXIT_OK if segment_files(args.inputs, args.output, segmenters, options).all_well else EXIT_FAILED_CASES
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -199,7 +203,11 @@ def _add_segment(commands) -> None:
     command.add_argument("--save-probabilities", action="store_true", help="also CASE_probability.nii.gz (.png, 8 bit)")
     command.add_argument("--save-attention", action="store_true", help="also the six CASE_attention_xIJ.nii.gz (.png)")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
+    command.add_argument("--devices", type=_numbers, metavar="0,1", help="several GPUs, which share the cases")
     command.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="slices at once, or auto")
+    command.add_argument("--num-parts", type=_positive, default=1, metavar="N", help="of N machines, this one takes")
+    command.add_argument("--part", type=_positive, default=1, metavar="K", help="the Kth share of the cases (from 1)")
+    command.add_argument("--redo", action="store_true", help="also what an earlier run has done from the same input")
     command.add_argument("--quiet", action="store_true", help="no progress bars, no summaries")
 
 
@@ -381,6 +389,16 @@ def _names(text: str) -> tuple[str, ...]:
     if not names:
         raise argparse.ArgumentTypeError(f"names with commas between them are wanted, got {text!r}")
     return names
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"different numbers of GPUs with commas between them are wanted, got {text!r}")
+    return numbers
 
 
 def _one_or_both(*names: str):

@@ -190,17 +190,20 @@ def test_narrower_instruction_sets(isa, name, tmp_path):
 
 
 @native
-def test_masks_are_equal_for_any_batch_size_and_order():
-    net = trained(width=8)
+@pytest.mark.parametrize("width", [3, 8])
+def test_bits_are_equal_for_any_batch_size_and_order(width):
+    net = trained(width=width)
     x = torch.rand(5, 1, 32, 32)
-    one = scoat_fast.compile(net, size=32).mask(x)
+    one = scoat_fast.compile(net, size=32)(x)
     for sizes in ((2,), (1, 3), (8,)):
-        assert torch.equal(scoat_fast.compile(net, size=32, batch_sizes=sizes).mask(x), one)
-    assert torch.equal(scoat_fast.compile(net, size=32, batch_sizes=(4,)).mask(x.flip(0)).flip(0), one)
+        assert torch.equal(scoat_fast.compile(net, size=32, batch_sizes=sizes)(x), one)
+    assert torch.equal(scoat_fast.compile(net, size=32, batch_sizes=(4,))(x.flip(0)).flip(0), one)
     for threads in (2, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(scoat_fast.compile(net, size=32).mask(x), one)
+        assert torch.equal(scoat_fast.compile(net, size=32)(x), one)
     torch.set_num_threads(1)
+    mask = scoat_fast.compile(net, size=32).mask(x, 0.4)
+    assert torch.equal(scoat_fast.compile(net, size=32, batch_sizes=(8,)).mask(x, 0.4), mask)
 
 
 def test_results_are_the_callers_own():

@@ -109,7 +109,7 @@ def test_memory_that_runs_out_halves_the_batch(net, phantom, monkeypatch, at_onc
         return whole(prepared, given, threshold)
 
     def allocate(*size, **options):
-        if at_once and len(size) == 1 and size[0] > 2 * one.engine.memory_bytes:
+        if at_once and len(size) == 1 and size[0] > 2 * one.stream.engine.memory_bytes:
             raise torch.OutOfMemoryError("too much")
         return zeros(*size, **options)
 
@@ -118,9 +118,9 @@ def test_memory_that_runs_out_halves_the_batch(net, phantom, monkeypatch, at_onc
     if not at_once:
         monkeypatch.setattr(runner._Prepared, "__call__", run_out)
     segmenter = Segmenter(net, batch_size=6)
-    assert segmenter.batch_size == (1 if at_once else 6)
+    assert segmenter.stream.batch_size == (1 if at_once else 6)
     found = segmenter.segment(phantom, affine=ASYMMETRIC)
-    assert segmenter.batch_size == 1  # 6, 3, 1
+    assert segmenter.stream.batch_size == 1  # 6, 3, 1
     np.testing.assert_array_equal(found.mask, one.segment(phantom, affine=ASYMMETRIC).mask)
 
 
@@ -175,7 +175,7 @@ def test_volumes_that_make_no_sense_are_refused(net, phantom):
 
 def test_cuda_is_refused_where_there_is_none(net):
     if torch.cuda.is_available():
-        assert Segmenter(net, "cuda").batch_size >= 1
+        assert Segmenter(net, "cuda").stream.batch_size >= 1
     else:
         with pytest.raises(ScoatFastError, match="sees 0 CUDA GPUs"):
             Segmenter(net, "cuda")
@@ -419,7 +419,10 @@ def test_bad_cases_are_one_line_each_and_the_others_go_on(ct, phantom, weights, 
     rows = rows_of(out)
     assert sum(row["status"] == "failed" for row in rows) == len(bad)
     assert [row["case"] for row in rows if row["status"] == "ok"] == ["ct"]
-    assert {p.name for p in out.iterdir()} == {"ct_mask.nii.gz", "ct_overlay.png", "ct.json", "cases.csv"}
+    names = {"ct_mask.nii.gz", "ct_overlay.png", "ct.json", "cases.csv", "failures.jsonl"}
+    assert {p.name for p in out.iterdir()} == names
+    failures = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+    assert sorted(failure["reason"] for failure in failures) == sorted(row["error"] for row in rows if row["error"])
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == len(bad)
     for name, path in bad.items():
@@ -451,7 +454,8 @@ def test_a_full_disk_costs_one_case_and_leaves_nothing_half_written(ct, weights,
     assert code == EXIT_FAILED_CASES
     assert "ct_overlay.png: cannot be written: No space left on device" in capsys.readouterr().err
     assert [row["status"] for row in rows_of(out)] == ["failed", "ok"]
-    assert {p.name for p in out.iterdir()} == {"second_mask.nii.gz", "second_overlay.png", "second.json", "cases.csv"}
+    names = {"second_mask.nii.gz", "second_overlay.png", "second.json", "cases.csv", "failures.jsonl"}
+    assert {p.name for p in out.iterdir()} == names
 
 
 AS_NOBODY = textwrap.dedent(
@@ -538,9 +542,11 @@ def test_what_others_wrote_beside_an_input_is_left_alone(ct, weights, capsys):
         assert "is no result of this program" in capsys.readouterr().err
         assert (folder / name).read_bytes() == data
         (folder / name).unlink()
-    (folder / "cases.csv").write_text("patient,age\n")
-    assert run("segment", ct, "-o", folder, "--weights", weights) == EXIT_USAGE
-    assert (folder / "cases.csv").read_text() == "patient,age\n"
+    for name in ("cases.csv", "failures.jsonl"):
+        (folder / name).write_text("patient,age\n")
+        assert run("segment", ct, "-o", folder, "--weights", weights) == EXIT_USAGE
+        assert (folder / name).read_text() == "patient,age\n"
+        (folder / name).unlink()
 
 
 def test_results_anywhere_below_the_inputs_are_no_cases(ct, weights):

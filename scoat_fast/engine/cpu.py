@@ -62,8 +62,8 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
 
 def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
     """A call that runs a step on the memory that ``view`` gives; a slice has ``pixels`` on the step's level."""
-    if isinstance(step, Excite):  # a few thousand numbers
-        return reference.bind(step, weights, view, pixels)
+    if isinstance(step, Excite):
+        return _excite(step, weights, view, pixels)
     if isinstance(step, Gate):
         return _gate(step, view)
     if isinstance(step, Convolve):
@@ -140,6 +140,20 @@ def _gate(step: Gate, view: View) -> Callable[[], None]:
     gate = None if step.attention is None else view(step.attention)[:, None]
     sums = None if step.sums is None else _native.Sums(out, out.shape[1], view(step.sums))
     return lambda: _native.up_forward(y, gate, out, sums)
+
+
+def _excite(step: Excite, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
+    """A few thousand numbers, in stock PyTorch; slice by slice, since its bits depend on how many there are."""
+    calls = [
+        reference.bind(step, weights, lambda used, k=k: view(used)[k : k + 1], pixels)
+        for k in range(len(view(step.out)))
+    ]
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 def _tiles(step: Convolve | Head) -> int:

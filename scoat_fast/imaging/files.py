@@ -34,6 +34,11 @@ class StagedFiles:
         """What was staged so far."""
         return [path for _, path in self._staged]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of what was staged so far, by the name of the file."""
+        return {path.name: temporary.stat().st_size for temporary, path in self._staged}
+
     def write(self, path: Path, writer: Callable[[BinaryIO], None]) -> None:
         """Stages ``path`` with what ``writer`` writes into the binary file that it is given."""
         try:

@@ -31,7 +31,7 @@ def read_nifti(path: str | Path, labels: bool = False) -> Volume:
     """Reads a ``.nii`` or ``.nii.gz`` volume, scaled by its slope and intercept.
 
     Args:
-        labels: keep the stored type instead of float32, for masks.
+        labels: keep the stored type, for masks; of other volumes only int16 is kept, the rest becomes float32.
 
     Raises:
         BadInputError: if the file is missing, truncated or damaged; is not one 3-D volume of numbers; or its
@@ -57,7 +57,8 @@ def read_nifti(path: str | Path, labels: bool = False) -> Volume:
     if not np.isfinite([slope, intercept]).all():
         raise BadInputError(path, f"slope {slope:g} and intercept {intercept:g} are not both finite")
     scaled = slope != 0 and (slope, intercept) != (1, 0)  # a slope of 0 means: not scaled
-    if labels and not scaled:
+    is_int16 = stored.dtype.kind == "i" and stored.itemsize == 2
+    if not scaled and (labels or is_int16):
         return Volume(path, stored, affine, header, warnings)
     with np.errstate(all="ignore"):  # whoever reads HU checks that they are finite
         voxels = stored.astype(np.float32)

@@ -24,8 +24,8 @@ PLANE_MM, RATIO = (0.05, 20.0), 10.0  # between pixels of a slice, and of the la
 class Volume:
     """Voxels on the grid they were stored on.
 
-    ``voxels``: [I, J, K]; HU (float32) for a CT, or labels. ``affine``: [4, 4], from indices to mm, right-anterior-
-    superior. ``header``: what a result on the same grid is to be written with.
+    ``voxels``: [I, J, K]; HU (float32, or int16 where they are stored so) for a CT, or labels. ``affine``: [4, 4], from
+    indices to mm, right-anterior-superior. ``header``: what a result on the same grid is to be written with.
     """
 
     path: Path
@@ -59,6 +59,12 @@ class Turn:
         sizes = np.linalg.norm(self.affine[:3, :3], axis=0)
         order = np.argsort(ornt_transform(self._stored, self._wanted)[:, 0])  # the stored axis of each wanted one
         return tuple(float(size) for size in sizes[order])
+
+    @property
+    def oblique(self) -> float:
+        """Degrees between the slices' normal and rows and the patient's own axes, whichever lie further apart."""
+        axes = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(np.degrees(np.arccos(np.clip(np.abs(axes).max(axis=0), 0, 1)).max()))
 
     @property
     def voxel_mm3(self) -> float:

@@ -10,19 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ..engine.runner import compile as compile_network
 from ..errors import BadInputError, ScoatFastError
-from ..imaging.grid import from_square, to_square
 from ..imaging.volume import Turn, check_affine, check_hu, check_mask, check_plane
 from ..imaging.window import Window
-from ..model import ATTENTION_NODES, SCOATNet
+from ..model import SCOATNet
 from .statistics import check_min_mm3, measure, remove_small
+from .stream import Job, Stream
 
 DEFAULT_WEIGHTS = "scoat-w16"
-BATCH = {"cuda": 32, "cpu": 1}  # more slices at once are slower on a CPU: their features leave its caches
 
 
 @dataclass
@@ -71,14 +68,11 @@ class Segmenter:
             raise ScoatFastError(
                 "a network needs pretrained facts (window, size, threshold): see SCOATNet.from_pretrained"
             )
-        self.device = find_device(device)
-        self.net = net.float().to(self.device).eval()
-        self.pretrained = net.pretrained
-        self.window = Window(*self.pretrained.window)
         if batch_size != "auto" and int(batch_size) < 1:
             raise ScoatFastError(f"the batch size must be at least 1, got {batch_size}")
-        self.batch_size = BATCH[self.device.type] if batch_size == "auto" else int(batch_size)
-        self._make_engine()
+        self.pretrained, self.window = net.pretrained, Window(*net.pretrained.window)
+        most = None if batch_size == "auto" else int(batch_size)
+        self.stream = Stream(net.float().eval(), find_device(device), most)
 
     def segment(
         self,
@@ -97,23 +91,21 @@ class Segmenter:
         check_min_mm3(min_mm3)
         volume_hu = np.asarray(volume_hu)
         turn = _turn(name, volume_hu, spacing, affine)
-        with np.errstate(over="ignore"):  # what becomes infinite is refused below
-            hu = np.ascontiguousarray(turn.to_slices(volume_hu), dtype=np.float32)
+        hu = as_hu(turn.to_slices(volume_hu))
         warnings = check_hu(name, hu)
         if lung is not None:
             lung = turn.to_slices(_checked_lung(name, np.asarray(lung), volume_hu))
             if not lung.any():
                 warnings.append("the lung mask is empty: no share of the lung")
-        probabilities, maps = self.probabilities(self.window.apply(hu), turn.spacing[1:], attention, quiet)
-        mask = (probabilities > self.threshold(threshold)).astype(np.uint8)
-        if min_mm3:
-            mask = remove_small(mask, turn.voxel_mm3, min_mm3)
+        job = Job(hu, turn.spacing[1:], self.threshold(threshold), keeps_probabilities=True)
+        self._finish(job, attention, quiet)
+        mask = remove_small(job.mask, turn.voxel_mm3, min_mm3)
         statistics = measure(mask, hu, turn.voxel_mm3, lung)
         return Segmentation(
-            *(np.ascontiguousarray(turn.from_slices(found)) for found in (mask, probabilities)),
+            *(np.ascontiguousarray(turn.from_slices(found)) for found in (mask, job.probabilities)),
             statistics,
             warnings,
-            {key: np.ascontiguousarray(turn.from_slices(found)) for key, found in maps.items()},
+            {key: np.ascontiguousarray(turn.from_slices(found)) for key, found in job.attention.items()},
         )
 
     def threshold(self, wanted: float | None) -> float:
@@ -123,66 +115,18 @@ class Segmenter:
             raise ScoatFastError(f"the threshold must lie between 0 and 1, got {chosen:g}")
         return chosen
 
-    @torch.inference_mode()
-    def probabilities(
-        self, slices: np.ndarray, spacing: tuple[float, float], attention: bool = False, quiet: bool = True
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Probabilities of windowed slices, and attention maps where asked for.
+    def mask(self, slices: np.ndarray, spacing: tuple[float, float]) -> np.ndarray:
+        """The mask, uint8, of windowed slices [N, H, W] in 0..1, at the threshold of the weights."""
+        job = Job(slices, spacing, self.threshold(None), windowed=True)
+        self._finish(job)
+        return job.mask
 
-        Args:
-            slices: [N, H, W] in 0..1, float32, spine down.
-            spacing: mm between rows and columns.
-
-        Returns:
-            Probabilities [N, H, W], float32, and a dict from the names of the maps to the same.
-        """
-        found = np.empty(slices.shape, np.float32)
-        names = [f"x{i}{j}" for i, j in ATTENTION_NODES] if attention else []
-        maps = {name: np.empty(slices.shape, np.float32) for name in names}
-        start = 0
-        with tqdm(total=len(slices), unit="slice", leave=False, disable=True if quiet else None) as bar:
-            while start < len(slices):
-                batch = torch.from_numpy(slices[start : start + self.batch_size])
-                try:
-                    here, attended = self._forward(batch, spacing, attention)
-                except torch.OutOfMemoryError:
-                    if self.batch_size == 1:
-                        raise
-                    self.batch_size //= 2
-                    del self.engine  # its memory is given back before more is asked for
-                    self._make_engine()
-                    continue
-                found[start : start + len(batch)] = here.cpu().numpy()
-                for name in names:
-                    maps[name][start : start + len(batch)] = attended[name].cpu().numpy()
-                start += len(batch)
-                bar.update(len(batch))
-        if not np.isfinite(found).all():
-            raise ScoatFastError("the network answered with NaN: its weights or this device are broken")
-        return found, maps
-
-    def _forward(self, batch: Tensor, spacing: tuple[float, float], attention: bool):
-        shape = tuple(batch.shape[1:])
-        greys = to_square(batch[:, None].to(self.device), spacing, self.pretrained.size)
-        greys = greys.expand(-1, self.net.in_channels, -1, -1)
-        output = self.engine(greys, return_attention=attention)
-        logits, maps = output if attention else (output, {})
-        logits = logits[-1] if isinstance(logits, list) else logits
-        native = {name: from_square(_enlarge(found, greys), shape, spacing)[:, 0] for name, found in maps.items()}
-        # opacity of any kind, should a network tell several apart
-        return from_square(logits.sigmoid().amax(1, keepdim=True), shape, spacing)[:, 0], native
-
-    def _make_engine(self) -> None:
-        """An engine for whole batches, and smaller ones for what is left of a volume."""
-        while True:
-            try:
-                sizes = (self.batch_size, -(-self.batch_size // 4), 1)
-                self.engine = compile_network(self.net, batch_sizes=sizes)
-                return
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
-                    raise
-                self.batch_size //= 2
+    def _finish(self, job: Job, attention: bool = False, quiet: bool = True) -> None:
+        """Runs a job alone. Raises what it failed with."""
+        with tqdm(total=len(job.slices), unit="slice", leave=False, disable=True if quiet else None) as bar:
+            next(self.stream.run([job], attention, bar.update))
+        if job.error is not None:
+            raise job.error
 
 
 def segment(
@@ -265,6 +209,8 @@ def _checked_lung(name: str, lung: np.ndarray, volume: np.ndarray) -> np.ndarray
     return lung
 
 
-def _enlarge(maps: Tensor, like: Tensor) -> Tensor:
-    """Attention maps [N, 1, h, w] at the resolution of the network's input."""
-    return torch.nn.functional.interpolate(maps, like.shape[2:], mode="bilinear")
+def as_hu(slices: np.ndarray) -> np.ndarray:
+    """Voxels as int16 where they are stored so, else as float32: contiguous, writable, in the machine's byte order."""
+    is_int16 = slices.dtype.kind == "i" and slices.itemsize == 2
+    with np.errstate(over="ignore"):  # what becomes infinite is refused where HU are checked
+        return np.require(slices, np.int16 if is_int16 else np.float32, ["C", "W"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,7 +17,7 @@ BODY = 0.4  # grey value: soft tissue is brighter in any lung window
 
 
 def contact_sheet(
-    greys: np.ndarray,
+    greys: Sequence[np.ndarray],
     mask: np.ndarray,
     spacing: tuple[float, float],
     title: str,
@@ -25,17 +26,18 @@ def contact_sheet(
     """Slices with the contours of a mask, from the head down, under one line of text.
 
     Args:
-        greys: [slices, H, W] in 0..1.
+        greys: slices [H, W] in 0..1; only those that are shown are looked at.
         mask: the same shape; its contours are cyan. Slices with opacity are shown first of all.
         spacing: mm between rows and columns, which gives the tiles their shape.
         truth: a second mask, in red.
     """
     seen = mask.astype(bool) if truth is None else mask.astype(bool) | truth.astype(bool)
     shown = _choose(seen)
-    crop = _body(greys[shown])
+    pictures = {k: greys[k] for k in shown}
+    crop = _body(np.stack(list(pictures.values())))
     size = _tile_size(crop, spacing)
     columns = min(COLUMNS, len(shown))
-    tiles = [_tile(greys[k][crop], size, mask[k][crop], None if truth is None else truth[k][crop]) for k in shown]
+    tiles = [_tile(pictures[k][crop], size, mask[k][crop], None if truth is None else truth[k][crop]) for k in shown]
     rows = math.ceil(len(tiles) / columns)
     sheet = Image.new("RGB", (columns * size[0], BAR + rows * (size[1] + BAR)))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)

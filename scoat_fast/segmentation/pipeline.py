@@ -1,41 +1,47 @@
-"""Files in, files out: the ``segment`` command."""
+"""Files in, files out: the ``segment`` command.
+
+Cases are read, answered and written at the same time, by threads that hand them on: while a GPU works on one case, the
+next is read and the one before is written. What waits between them is bounded.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-from PIL import Image
+from nibabel.nifti1 import Nifti1Header
 from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, OutputError, ScoatFastError, one_line
-from ..imaging.files import StagedFiles, is_file, make_folder, write_csv
+from ..imaging.files import make_folder, write_csv, write_text
 from ..imaging.grid import SQUARE_PIXELS
-from ..imaging.nifti import nifti_bytes, read_nifti
+from ..imaging.nifti import read_nifti
 from ..imaging.pictures import check_windowed, read_mask, read_picture
-from ..imaging.volume import Turn, Volume, mask_on_grid
-from ..model import ATTENTION_NODES
-from .cases import Case, find_cases, is_report, read_volume
-from .inference import Segmenter
+from ..imaging.volume import Turn, check_hu, check_plane, mask_on_grid
+from ..imaging.window import Window
+from .cases import Case, find_cases, read_volume
+from .inference import Segmenter, as_hu
+from .ledger import finished, input_facts, network_digest, options_digest, stamp
 from .overlay import contact_sheet
-from .statistics import check_min_mm3, measure
+from .quality import assess
+from .results import CSV_COLUMNS, check_free, check_lists, has_stale, report_path, row_of, write_results
+from .statistics import check_min_mm3, measure, remove_small
+from .stream import Job
 
 NOTE = "research only, not for clinical use"
-OPTIONAL = ("probability", *(f"attention_x{i}{j}" for i, j in ATTENTION_NODES))
-CSV_COLUMNS = (
-    "case", "input", "status", "voxels", "mm3", "ml", "hu_mean", "hu_sd", "slices", "lung_ml", "share_of_lung",
-    "warnings", "error",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,172 +53,363 @@ class Options:
     lung: Path | None = None  # a mask, or a folder of masks named as the cases
     save_probabilities: bool = False
     save_attention: bool = False
+    redo: bool = False  # also what is done already
     quiet: bool = False
+    part: int = 1  # of ``parts``: every one takes its share of the cases
+    parts: int = 1
 
 
-def segment_files(inputs: Sequence[str | Path], output: Path, segmenter: Segmenter, options: Options) -> bool:
-    """Segments every case that ``inputs`` hold into the folder ``output``; whether all went well.
+@dataclass
+class Summary:
+    """What became of a run: a row for every case in the order of the cases, and where its time went.
 
-    A case that fails is named on standard error with its reason, and the others go on. ``cases.csv`` lists them all.
-    Raises OutputError if the folder cannot be made, ScoatFastError for an option out of range.
+    ``slices`` counts those that were answered; ``seconds`` is the time from the first case to the last,
+    ``waited_for_reading`` and ``waited_for_writing`` what an engine stood still for, summed over engines.
     """
-    segmenter.threshold(options.threshold)
+
+    rows: list[dict] = field(default_factory=list)
+    slices: int = 0
+    seconds: float = 0.0
+    waited_for_reading: float = 0.0
+    waited_for_writing: float = 0.0
+
+    @property
+    def all_well(self) -> bool:
+        return all(row["status"] == "ok" for row in self.rows)
+
+
+@dataclass
+class Read:
+    """What is known of a case beside its slices, for the writer. ``turn`` and ``header`` are None for a picture."""
+
+    case: Case
+    turn: Turn | None
+    header: Nifti1Header | None
+    lung: np.ndarray | None  # [slices, H, W]
+    warnings: list[str]
+    made_from: dict = field(default_factory=dict)
+
+
+def segment_files(
+    inputs: Sequence[str | Path], output: Path, segmenters: Segmenter | Sequence[Segmenter], options: Options
+) -> Summary:
+    """Segments every case that ``inputs`` hold into the folder ``output``.
+
+    A case that fails is named on standard error and in ``failures.jsonl`` with its reason, and the others go on.
+    ``cases.csv`` lists them all. What an earlier run has done from the same input, weights and options stays.
+
+    Args:
+        segmenters: one of each device, of the same weights.
+
+    Raises:
+        OutputError: if the folder cannot be made or the table not be written.
+        ScoatFastError: for an option out of range.
+    """
+    segmenters = [segmenters] if isinstance(segmenters, Segmenter) else list(segmenters)
+    segmenters[0].threshold(options.threshold)
     check_min_mm3(options.min_mm3)
+    if not 1 <= options.part <= options.parts:
+        raise ScoatFastError(f"a part from 1 to {options.parts} is wanted, got {options.part}")
     if options.lung is not None and not options.lung.exists():
         raise BadInputError(options.lung, "no such lung mask or folder of lung masks")
     make_folder(output)
-    _check_table(output / "cases.csv")
+    share = "" if options.parts == 1 else f"-{options.part}-of-{options.parts}"
+    table, failures = output / f"cases{share}.csv", output / f"failures{share}.jsonl"
+    check_lists(table, failures)
     cases, errors = find_cases(inputs, output)
-    rows = [_failed("", str(error.path), error.reason) for error in errors]
-    for error in errors:
-        _say(f"scoat-fast: {error}", sys.stderr)
-    bar = tqdm(cases, unit="case", disable=True if options.quiet or len(cases) < 2 else None)
+    run = _Run(output, segmenters, options, failures)
     try:
-        for case in bar:
-            rows.append(_attempt(case, output, segmenter, options))
+        if options.part == 1:  # what is no case belongs to nobody's share
+            for error in errors:
+                run.fail("", str(error.path), error.reason, error)
+        run.run(cases[options.part - 1 :: options.parts])
     finally:
-        write_csv(output / "cases.csv", CSV_COLUMNS, rows)
-    return all(row["status"] == "ok" for row in rows)
+        write_csv(table, CSV_COLUMNS, run.summary.rows)
+    return run.summary
 
 
-def _attempt(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
-    segment_one = _segment_picture if case.kind == "picture" else _segment_volume
-    try:
-        _check_free(case, output)
-        stale = _results(case, output, OPTIONAL)
-        report = segment_one(case, output, segmenter, options)
-        _remove(stale - set(report.pop("files")))  # of an earlier run with other options
-    except (BadInputError, OutputError) as error:
-        return _complain(case, error.path, error.reason)
-    except ScoatFastError as error:
-        return _complain(case, str(case.path), str(error))
-    except Exception as error:  # one case must never cost the others; its traceback is not lost
-        traceback.print_exc()
-        return _complain(case, str(case.path), f"unexpected {type(error).__name__}: {error}")
-    if not options.quiet:
-        _say(_line(report), sys.stdout)
-    row = {"case": case.name, "input": str(case.path), "status": "ok", "warnings": "; ".join(report["warnings"])}
-    return row | report["statistics"]
+class _Run:
+    """One run over many cases. Everything but ``run`` may be called by any thread."""
 
+    def __init__(self, output: Path, segmenters: Sequence[Segmenter], options: Options, failures: Path):
+        self.output, self.segmenters, self.options = output, segmenters, options
+        self.summary = Summary()
+        self._failures, self._failed = failures, []
+        self._lock, self._stop = threading.RLock(), threading.Event()
+        self._weights = network_digest(segmenters[0].stream.net)
+        self._bar = tqdm(unit="slice", leave=False, total=0, disable=True if options.quiet else None)
+        with contextlib.suppress(FileNotFoundError):
+            failures.unlink()  # of an earlier run
 
-def _check_free(case: Case, output: Path) -> None:
-    """Raises OutputError where a result would replace a file that this program has not written."""
-    report = output / f"{case.name}.json"
-    for path in (report, *sorted(_results(case, output))):
-        if os.path.lexists(path) and not is_report(report):
-            raise OutputError(path, "a file of this name is there already, and is no result of this program")
-
-
-def _check_table(path: Path) -> None:
-    """Raises OutputError where ``cases.csv`` is somebody else's."""
-    if not is_file(path):
-        raise OutputError(path, "what has this name is no file")
-    try:
-        with path.open("rb") as file:
-            ours = file.readline().strip() == ",".join(CSV_COLUMNS).encode()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
-    if not ours:
-        raise OutputError(path, "a file of this name is there already, and is no result of this program")
-
-
-def _results(case: Case, output: Path, kinds: Sequence[str] = ("mask", "overlay", *OPTIONAL)) -> set[Path]:
-    """Those of the results of a case that are there, beside its report."""
-    paths = (output / f"{case.name}_{kind}.{suffix}" for kind in kinds for suffix in ("nii.gz", "png"))
-    return {path for path in paths if os.path.lexists(path)}
-
-
-def _remove(paths: set[Path]) -> None:
-    """Raises OutputError where a file cannot be removed."""
-    for path in sorted(paths):
+    def run(self, cases: Sequence[Case]) -> None:
+        """Does all cases, and fills in the summary."""
+        began, rows = time.perf_counter(), {}
+        count = len(self.segmenters)
+        readers, engines, writers = (ThreadPoolExecutor(count, name) for name in ("reader", "engine", "writer"))
+        slots = threading.BoundedSemaphore(count)  # a case each may wait for a writer
         try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(path, f"it is of an earlier run and stays: {error.strerror}") from error
+            jobs = _Shared(_ahead(readers, self._read, cases, count))
+            answering = [engines.submit(self._answer, one, jobs, writers, slots, rows) for one in self.segmenters]
+            for future in wait(answering, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            for pool in (engines, readers, writers):
+                pool.shutdown(cancel_futures=self._stop.is_set())
+            self._bar.close()
+            self.summary.rows += [rows[case.name] for case in cases if case.name in rows]
+            self.summary.seconds = time.perf_counter() - began
+
+    def fail(self, name: str, path: str, reason: str, error: Exception) -> dict:
+        """Notes a failure where people and programs look for it; its row of the table."""
+        row = {"case": name, "input": path, "status": "failed", "error": reason}
+        with self._lock:
+            if not name:
+                self.summary.rows.append(row)
+            self._failed.append({"case": name, "input": path, "reason": reason, "kind": type(error).__name__})
+            where = getattr(error, "path", path)
+            say(f"scoat-fast: {one_line(where)}: {reason}", sys.stderr)
+            try:
+                write_text(self._failures, "".join(json.dumps(failure) + "\n" for failure in self._failed))
+            except OutputError as full:  # the table has it as well, and the exit code
+                say(f"scoat-fast: {full}", sys.stderr)
+        return row
+
+    def _answer(
+        self,
+        segmenter: Segmenter,
+        read: Iterator[Job | dict],
+        writers: ThreadPoolExecutor,
+        slots: threading.Semaphore,
+        rows: dict[str, dict],
+    ) -> None:
+        """The work of one engine: answers what is read, and hands it to the writers."""
+
+        def jobs() -> Iterator[Job]:
+            while True:
+                with self._waiting("waited_for_reading"):
+                    item = next(read, None)
+                if isinstance(item, dict):
+                    rows[item["case"]] = item
+                    continue
+                if item is None:
+                    return
+                self._progress(0, len(item.slices))
+                yield item
+
+        def keep(done: Future, name: str) -> None:
+            slots.release()
+            if not done.cancelled():
+                rows[name] = done.result()
+
+        for job in segmenter.stream.run(jobs(), self.options.save_attention, self._progress):
+            with self._waiting("waited_for_writing"):
+                slots.acquire()
+            writers.submit(self._write, job).add_done_callback(partial(keep, name=job.about.case.name))
+            del job  # the writer's
+
+    def _read(self, case: Case) -> Job | dict:
+        """The case as a job, or its row of the table where nothing is left to do."""
+        return self._attempt(case, lambda: self._load(case))
+
+    def _write(self, job: Job) -> dict:
+        return self._attempt(job.about.case, lambda: self._finish(job))
+
+    def _attempt(self, case: Case, step: Callable[[], Job | dict]) -> Job | dict:
+        try:
+            return step()
+        except (BadInputError, OutputError) as error:
+            return self.fail(case.name, str(case.path), error.reason, error)
+        except ScoatFastError as error:
+            return self.fail(case.name, str(case.path), str(error), error)
+        except Exception as error:  # one case must never cost the others; its traceback is not lost
+            traceback.print_exc()
+            return self.fail(case.name, str(case.path), f"unexpected {type(error).__name__}: {error}", error)
+
+    def _load(self, case: Case) -> Job | dict:
+        check_free(case, self.output)
+        lung = None if self.options.lung is None else _lung_path(case, self.options.lung)
+        paths = [case.path, *([] if lung is None else [lung])]
+        options = self._options_digest(lung is not None)
+        if not self.options.redo:
+            done = finished(report_path(case, self.output), paths, self._weights, options)
+            if done is not None and not has_stale(case, self.output, done):
+                self._tell(done, "unchanged, ")
+                return row_of(done)
+        made_from = {"input": input_facts(paths), "weights": self._weights, "options": options}
+        read, slices = (_read_picture if case.kind == "picture" else _read_volume)(case, lung)
+        if not stamp(paths).items() <= made_from["input"].items():
+            raise BadInputError(case.path, "was changed while it was read")
+        read.made_from = made_from
+        if self.options.lung is not None and lung is None:
+            read.warnings.append("no lung mask for this case")
+        if read.turn is None and self.options.min_mm3:
+            read.warnings.append("a picture has no pixel size: small regions were kept")
+        return Job(
+            slices,
+            SQUARE_PIXELS if read.turn is None else read.turn.spacing[1:],
+            self.segmenters[0].threshold(self.options.threshold),
+            windowed=read.turn is None,
+            keeps_probabilities=self.options.save_probabilities,
+            about=read,
+        )
+
+    def _finish(self, job: Job) -> dict:
+        """Writes the results of a case that was answered; its row of the table."""
+        case, turn = job.about.case, job.about.turn
+        if job.error is not None:
+            raise job.error
+        mask, voxel_mm3 = job.mask, None
+        if turn is not None:
+            voxel_mm3 = turn.voxel_mm3
+            mask = remove_small(mask, voxel_mm3, self.options.min_mm3)
+        statistics = measure(mask, None if turn is None else job.slices, voxel_mm3, job.about.lung)
+        segmenter = self.segmenters[0]
+        report = {
+            "case": case.name,
+            "input": str(case.path),
+            "note": NOTE,
+            "scoat_fast": __version__,
+            "weights": segmenter.pretrained.name,
+            "threshold": job.threshold,
+            "min_mm3": self.options.min_mm3,
+            "warnings": job.about.warnings,
+            "qc": assess(mask, turn, job.about.warnings),
+            "statistics": statistics,
+            "shape": list(mask.shape[1:] if turn is None else turn.from_slices(mask).shape),
+            "spacing_mm": None if turn is None else [round(mm, 6) for mm in turn.spacing],
+            "made_from": job.about.made_from,
+        }
+        greys = job.slices if job.windowed else _Windowed(job.slices, segmenter.window)
+        sheet = contact_sheet(greys, mask, job.spacing, _title(report))
+        found = {"mask": mask}
+        if job.probabilities is not None:
+            found["probability"] = job.probabilities
+        found |= {f"attention_{name}": maps for name, maps in job.attention.items()}
+        volumes = {kind: x[0] if turn is None else turn.from_slices(x) for kind, x in found.items()}
+        report = write_results(case, self.output, report, volumes, job.about.header, sheet)
+        self._tell(report)
+        with self._lock:
+            self.summary.slices += len(mask)
+        return row_of(report)
+
+    def _options_digest(self, has_lung: bool) -> str:
+        """Of what else the results of a case depend on."""
+        return options_digest(
+            {
+                "scoat_fast": __version__,
+                "threshold": self.segmenters[0].threshold(self.options.threshold),
+                "min_mm3": self.options.min_mm3,
+                "lung": has_lung,
+                "save_probabilities": self.options.save_probabilities,
+                "save_attention": self.options.save_attention,
+            }
+        )
+
+    def _tell(self, report: dict, how: str = "") -> None:
+        if not self.options.quiet:
+            name, numbers = one_line(report["case"]), report["statistics"]
+            amount = f"{numbers['voxels']} pixels of opacity"
+            if numbers["ml"] is not None:
+                amount = f"{numbers['ml']:.1f} mL of opacity in {numbers['slices']} slices"
+            status, shown = report["qc"]["status"], report["warnings"]
+            if status == "fail":
+                shown = report["qc"]["reasons"]
+            say(f"{name}: {how}{amount}, qc {status}" + "".join(f"\n  {reason}" for reason in shown), sys.stdout)
+
+    def _progress(self, answered: int, more: int = 0) -> None:
+        """Moves the bar; called between batches, and so where a run ends that is to stop."""
+        if self._stop.is_set():
+            raise InterruptedError("the run was stopped")
+        with self._lock:
+            self._bar.total += more
+            self._bar.update(answered)
+
+    @contextlib.contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        """Adds the time within to the summary."""
+        began = time.perf_counter()
+        yield
+        with self._lock:
+            setattr(self.summary, what, getattr(self.summary, what) + time.perf_counter() - began)
 
 
-def _segment_volume(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
+class _Shared:
+    """An iterator that several threads take from."""
+
+    def __init__(self, items: Iterator):
+        self._items, self._lock = items, threading.Lock()
+
+    def __iter__(self) -> _Shared:
+        return self
+
+    def __next__(self):
+        with self._lock:
+            return next(self._items)
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, most: int) -> Iterator:
+    """The function's results in the order of the items, ``most`` of them made before they are asked for."""
+    futures: deque[Future] = deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > most:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+class _Windowed:
+    """The grey values of slices in HU, made one by one when they are looked at."""
+
+    def __init__(self, slices: np.ndarray, window: Window):
+        self._slices, self._window = slices, window
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        return self._window.apply(self._slices[k].astype(np.float32))
+
+
+def _read_volume(case: Case, lung_path: Path | None) -> tuple[Read, np.ndarray]:
+    """The facts of a volume, and its slices in HU."""
     volume = read_volume(case)
-    lung, warnings = _lung_volume(case, volume, options.lung)
-    found = segmenter.segment(
-        volume.voxels,
-        affine=volume.affine,
-        lung=lung,
-        threshold=options.threshold,
-        min_mm3=options.min_mm3,
-        attention=options.save_attention,
-        name=str(case.path),
-        quiet=options.quiet,
-    )
     turn = Turn(volume.affine)
-    report = _report(case, segmenter, options, [*volume.warnings, *warnings, *found.warnings], found.statistics)
-    report["shape"], report["spacing_mm"] = list(volume.voxels.shape), [round(mm, 6) for mm in turn.spacing]
-    greys = segmenter.window.apply(turn.to_slices(volume.voxels))
-    sheet = contact_sheet(greys, turn.to_slices(found.mask), turn.spacing[1:], _title(report))
-    with StagedFiles() as files:
-        volumes = {"mask": found.mask}
-        if options.save_probabilities:
-            volumes["probability"] = found.probabilities
-        volumes |= {f"attention_{name}": maps for name, maps in found.attention.items()}
-        for name, voxels in volumes.items():
-            data = nifti_bytes(voxels, volume.header)
-            files.write(output / f"{case.name}_{name}.nii.gz", partial(_write, data))
-        _write_report(files, output, case, sheet, report)
-    return report | {"files": files.paths}
+    check_plane(case.path, turn)
+    lung = None
+    if lung_path is not None:  # a crop may lie within the lung
+        lung = turn.to_slices(mask_on_grid(volume, read_nifti(lung_path, labels=True), may_be_full=True))
+    slices = as_hu(turn.to_slices(volume.voxels))
+    warnings = volume.warnings + check_hu(case.path, slices)
+    return Read(case, turn, volume.header, lung, warnings + _lung_doubts(lung)), slices
 
 
-def _segment_picture(case: Case, output: Path, segmenter: Segmenter, options: Options) -> dict:
+def _read_picture(case: Case, lung_path: Path | None) -> tuple[Read, np.ndarray]:
+    """The facts of a picture, and its grey values as one slice."""
     grey = read_picture(case.path)
     check_windowed(case.path, grey)
-    warnings = []
-    if options.min_mm3:
-        warnings.append("a picture has no pixel size: small regions were kept")
-    lung_path = _lung_path(case, options.lung, (".png",))
     lung = None
-    if options.lung and lung_path is None:
-        warnings.append("no lung mask for this case")
     if lung_path is not None:
         lung = read_mask(lung_path)[None]
         if lung.shape[1:] != grey.shape:
-            raise BadInputError(
-                lung_path, f"a lung mask of {grey.shape} is wanted, as the picture, got {lung.shape[1:]}"
-            )
-    probabilities, maps = segmenter.probabilities(grey[None], SQUARE_PIXELS, options.save_attention)
-    mask = (probabilities > segmenter.threshold(options.threshold)).astype(np.uint8)
-    report = _report(case, segmenter, options, warnings, measure(mask, lung=lung))
-    report["shape"], report["spacing_mm"] = list(grey.shape), None
-    sheet = contact_sheet(grey[None], mask, SQUARE_PIXELS, _title(report))
-    with StagedFiles() as files:
-        saved = {"mask": mask[0] * 255}
-        if options.save_probabilities:
-            saved["probability"] = (probabilities[0] * 255).round().astype(np.uint8)
-        saved |= {f"attention_{name}": (map[0] * 255).round().astype(np.uint8) for name, map in maps.items()}
-        for name, pixels in saved.items():
-            files.write(output / f"{case.name}_{name}.png", partial(_write_png, Image.fromarray(pixels)))
-        _write_report(files, output, case, sheet, report)
-    return report | {"files": files.paths}
+            wanted = f"a lung mask of {grey.shape} is wanted, as the picture"
+            raise BadInputError(lung_path, f"{wanted}, got {lung.shape[1:]}")
+    return Read(case, None, None, lung, _lung_doubts(lung)), grey[None]
 
 
-def _write_report(files: StagedFiles, output: Path, case: Case, sheet: Image.Image, report: dict) -> None:
-    files.write(output / f"{case.name}_overlay.png", partial(_write_png, sheet))
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    files.write(output / f"{case.name}.json", partial(_write, text.encode()))
+def _lung_doubts(lung: np.ndarray | None) -> list[str]:
+    return ["the lung mask is empty: no share of the lung"] if lung is not None and not lung.any() else []
 
 
-def _report(case: Case, segmenter: Segmenter, options: Options, warnings: list[str], statistics: dict) -> dict:
-    return {
-        "case": case.name,
-        "input": str(case.path),
-        "note": NOTE,
-        "scoat_fast": __version__,
-        "weights": segmenter.pretrained.name,
-        "threshold": segmenter.threshold(options.threshold),
-        "min_mm3": options.min_mm3,
-        "warnings": warnings,
-        "statistics": statistics,
-    }
+def _lung_path(case: Case, lung: Path) -> Path | None:
+    """The lung mask of a case: the file that was given, or the one with the case's name in the folder."""
+    if not lung.is_dir():
+        return lung
+    suffixes = (".png",) if case.kind == "picture" else (".nii.gz", ".nii")
+    return next((path for suffix in suffixes if (path := lung / f"{case.name}{suffix}").exists()), None)
 
 
 def _title(report: dict) -> str:
@@ -221,49 +418,9 @@ def _title(report: dict) -> str:
     return f"{one_line(report['case'])}: {amount} opacity. {NOTE}"
 
 
-def _line(report: dict) -> str:
-    name, numbers = one_line(report["case"]), report["statistics"]
-    if numbers["ml"] is None:
-        text = f"{name}: {numbers['voxels']} pixels of opacity"
-    else:
-        text = f"{name}: {numbers['ml']:.1f} mL of opacity in {numbers['slices']} slices"
-    return text + "".join(f"\n  warning: {warning}" for warning in report["warnings"])
-
-
-def _lung_volume(case: Case, volume: Volume, lung: Path | None) -> tuple[np.ndarray | None, list[str]]:
-    path = _lung_path(case, lung, (".nii.gz", ".nii"))
-    if path is None:
-        return None, ["no lung mask for this case"] if lung else []
-    return mask_on_grid(volume, read_nifti(path, labels=True), may_be_full=True), []  # a crop may lie within the lung
-
-
-def _lung_path(case: Case, lung: Path | None, suffixes: Sequence[str]) -> Path | None:
-    """The lung mask of a case: the file that was given, or the one with the case's name in the folder."""
-    if lung is None or not lung.is_dir():
-        return lung
-    return next((path for suffix in suffixes if (path := lung / f"{case.name}{suffix}").exists()), None)
-
-
-def _complain(case: Case, path: str, reason: str) -> dict:
-    _say(f"scoat-fast: {one_line(path)}: {reason}", sys.stderr)
-    return _failed(case.name, str(case.path), reason)
-
-
-def _say(text: str, stream: TextIO) -> None:
+def say(text: str, stream: TextIO) -> None:
     """Prints a line, in the letters that the stream has. Nobody to read it is no reason to stop: files hold it all."""
     encoding = stream.encoding or "utf-8"
     with contextlib.suppress(OSError, ValueError):  # full, closed at the other end, or closed here
         tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
         stream.flush()
-
-
-def _failed(name: str, path: str, reason: str) -> dict:
-    return {"case": name, "input": path, "status": "failed", "error": reason}
-
-
-def _write(data: bytes, file) -> None:
-    file.write(data)
-
-
-def _write_png(picture: Image.Image, file) -> None:
-    picture.save(file, "PNG")

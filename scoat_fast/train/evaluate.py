@@ -35,7 +35,7 @@ def evaluate(
             seen = []
             for slice in (slice for slice in slices if slice.patient == patient):
                 image, truth = slice.read(segmenter.window)
-                found = segmenter.probabilities(image[None], SQUARE_PIXELS)[0][0] > segmenter.threshold(None)
+                found = segmenter.mask(image[None], SQUARE_PIXELS)[0].astype(bool)
                 counts[patient] = counts.get(patient, 0) + _count(found, truth)
                 if overlays is not None:
                     seen.append((image, found, truth))

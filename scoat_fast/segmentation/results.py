@@ -1,0 +1,125 @@
+"""The files of one case: what they are called, whose they are, and how they appear together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from PIL import Image
+
+from ..errors import OutputError
+from ..imaging.files import StagedFiles, is_file
+from ..imaging.nifti import nifti_bytes
+from ..model import ATTENTION_NODES
+from .cases import Case, is_report
+
+OPTIONAL = ("probability", *(f"attention_x{i}{j}" for i, j in ATTENTION_NODES))
+CSV_COLUMNS = (
+    "case", "input", "status", "qc", "voxels", "mm3", "ml", "hu_mean", "hu_sd", "slices", "lung_ml", "share_of_lung",
+    "warnings", "error",
+)  # fmt: skip
+
+
+def report_path(case: Case, output: Path) -> Path:
+    return output / f"{case.name}.json"
+
+
+def check_free(case: Case, output: Path) -> None:
+    """Raises OutputError where a result would replace a file that this program has not written."""
+    report = report_path(case, output)
+    for path in (report, *sorted(_there(case, output))):
+        if os.path.lexists(path) and not is_report(report):
+            raise OutputError(path, "a file of this name is there already, and is no result of this program")
+
+
+def check_lists(table: Path, failures: Path) -> None:
+    """Raises OutputError where the lists of a run would replace a file that this program has not written."""
+    for path, start in ((table, b"case,input,status,"), (failures, b'{"case": ')):
+        if not is_file(path):
+            raise OutputError(path, "what has this name is no file")
+        try:
+            with path.open("rb") as file:
+                ours = file.readline().startswith(start)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise OutputError(path, error.strerror or str(error)) from error
+        if not ours:
+            raise OutputError(path, "a file of this name is there already, and is no result of this program")
+
+
+def write_results(
+    case: Case,
+    output: Path,
+    report: dict,
+    volumes: dict[str, np.ndarray],
+    header: Nifti1Header | None,
+    sheet: Image.Image,
+) -> dict:
+    """Writes what was found in one case, the report last, and removes optional results of earlier runs.
+
+    Args:
+        report: plain data; ``results``, the size of every other file by its name, is added.
+        volumes: by kind ("mask", ...), on the grid of the input; with a ``header`` they become NIfTI, else pictures:
+            of masks 0 and 255, of what lies in 0..1 eight bits.
+        sheet: the overlay.
+
+    Returns:
+        The report as it was written. Raises OutputError.
+    """
+    stale = _there(case, output, OPTIONAL)
+    with StagedFiles() as files:
+        for kind, voxels in volumes.items():
+            suffix = "png" if header is None else "nii.gz"
+            write = _png(_grey(voxels)) if header is None else partial(_write, nifti_bytes(voxels, header))
+            files.write(output / f"{case.name}_{kind}.{suffix}", write)
+        files.write(output / f"{case.name}_overlay.png", _png(sheet))
+        report = report | {"results": files.sizes}
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        files.write(report_path(case, output), partial(_write, text.encode()))
+    _remove(stale - set(files.paths))
+    return report
+
+
+def has_stale(case: Case, output: Path, report: dict) -> bool:
+    """Whether optional results are there that do not belong to a report."""
+    return any(path.name not in report["results"] for path in _there(case, output, OPTIONAL))
+
+
+def row_of(report: dict) -> dict:
+    """A row of ``cases.csv``."""
+    row = {"case": report["case"], "input": report["input"], "status": "ok", "qc": report["qc"]["status"]}
+    return row | {"warnings": "; ".join(report["warnings"])} | report["statistics"]
+
+
+def _there(case: Case, output: Path, kinds: Sequence[str] = ("mask", "overlay", *OPTIONAL)) -> set[Path]:
+    """Those of the results of a case that are there, beside its report."""
+    paths = (output / f"{case.name}_{kind}.{suffix}" for kind in kinds for suffix in ("nii.gz", "png"))
+    return {path for path in paths if os.path.lexists(path)}
+
+
+def _remove(paths: set[Path]) -> None:
+    """Raises OutputError where a file cannot be removed."""
+    for path in sorted(paths):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(path, f"it is of an earlier run and stays: {error.strerror}") from error
+
+
+def _grey(pixels: np.ndarray) -> Image.Image:
+    scaled = pixels * 255 if pixels.dtype == np.uint8 else (pixels * 255).round().astype(np.uint8)
+    return Image.fromarray(scaled)
+
+
+def _png(picture: Image.Image):
+    return partial(picture.save, format="PNG")
+
+
+def _write(data: bytes, file) -> None:
+    file.write(data)

@@ -1,0 +1,332 @@
+"""Many cases in one run: batches across cases, faults that cost one case, runs that go on where they were stopped."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ASYMMETRIC
+from test_segment import rows_of, run
+
+from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
+from scoat_fast.errors import ScoatFastError
+from scoat_fast.imaging.volume import Turn
+from scoat_fast.segmentation import pipeline, stream
+from scoat_fast.segmentation.inference import Segmenter
+from scoat_fast.segmentation.quality import assess
+from scoat_fast.segmentation.stream import Job
+
+
+@pytest.fixture
+def cohort(phantom, tmp_path) -> Path:
+    """Five volumes of 2 to 6 slices, of different sizes."""
+    folder = tmp_path / "cohort"
+    folder.mkdir()
+    for k in range(5):
+        voxels = (phantom[: 40 - k, : 36 - 2 * k, : 6 - k] + k).astype(np.int16)
+        nib.save(nib.Nifti1Image(voxels, ASYMMETRIC), folder / f"case{k}.nii.gz")
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# Batches
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
+def test_batches_are_filled_across_cases(net, batch_size, monkeypatch):
+    random = np.random.default_rng(0)
+    shapes = [(3, 40, 30), (1, 20, 20), (6, 33, 48), (2, 48, 48)]
+    slices = [random.integers(-1000, 300, shape).astype(np.int16) for shape in shapes]
+    alone = Segmenter(net, batch_size=1)
+    expected = [next(alone.stream.run([Job(x, (0.7, 0.8), 0.5, keeps_probabilities=True)])) for x in slices]
+    many, sizes = Segmenter(net, batch_size=batch_size).stream, []
+    engine = many.engine
+    monkeypatch.setattr(many, "engine", lambda x, return_attention: sizes.append(len(x)) or engine(x, return_attention))
+    jobs = [Job(x, (0.7, 0.8), 0.5, keeps_probabilities=True, about=k) for k, x in enumerate(slices)]
+    seen = []
+    for job, one in zip(many.run(jobs, progress=seen.append), expected, strict=True):
+        assert job.error is None
+        np.testing.assert_array_equal(job.probabilities, one.probabilities)  # bit for bit
+        np.testing.assert_array_equal(job.mask, one.mask)
+    assert sizes == [batch_size] * (12 // batch_size) + [12 % batch_size] * (12 % batch_size > 0)
+    assert sum(seen) == 12
+    assert [job.about for job in jobs] == [0, 1, 2, 3]
+
+
+def test_a_case_that_the_network_fails_on_costs_no_other(net, monkeypatch):
+    segmenter = Segmenter(net, batch_size=5)
+    engine = segmenter.stream.engine
+
+    def moody(x, return_attention):
+        if (x == 1).all((1, 2, 3)).any():
+            raise RuntimeError("no such kernel")
+        return engine(x, return_attention)
+
+    monkeypatch.setattr(segmenter.stream, "engine", moody)
+    grey = np.random.default_rng(0).random((3, 48, 48), np.float32)
+    slices = [grey, np.ones((4, 48, 48), np.float32), grey, np.where(grey < 0, grey, np.nan), grey]
+    jobs = list(segmenter.stream.run([Job(x, (1, 1), 0.5, windowed=True) for x in slices]))
+    assert [type(job.error) for job in jobs] == [type(None), RuntimeError, type(None), ScoatFastError, type(None)]
+    assert "answered with NaN" in str(jobs[3].error)
+    for job in (jobs[0], jobs[2], jobs[4]):
+        np.testing.assert_array_equal(job.mask, jobs[0].mask)
+
+
+def test_a_gpu_that_is_too_small_hands_over_to_the_cpu(net, monkeypatch):
+    """A device that calls itself CUDA, and never has room for an engine."""
+
+    def compile_network(net, batch_sizes):
+        if made.device.type == "cuda":
+            raise torch.OutOfMemoryError("too much")
+        return compile_on_cpu(net, batch_sizes=batch_sizes)
+
+    compile_on_cpu, made = stream.compile_network, object.__new__(stream.Stream)
+    monkeypatch.setattr(stream, "compile_network", compile_network)
+    monkeypatch.setattr(net, "to", lambda device: net)
+    with pytest.warns(UserWarning, match="the memory of cuda:0 is too small for one slice: the CPU goes on"):
+        made.__init__(net, torch.device("cuda", 0), 4)
+    assert made.device.type == "cpu" and made.batch_size == 1
+    (job,) = made.run([Job(np.full((2, 20, 20), 40, np.int16), (1, 1), 0.5)])
+    assert job.error is None
+
+
+# Runs
+
+
+def test_a_second_run_does_only_what_is_missing_or_changed(cohort, weights, tmp_path, monkeypatch, capsys):
+    out, answered, finish = tmp_path / "out", [], pipeline._Run._finish
+
+    def note(self, job):
+        answered.append(job.about.case.name)
+        return finish(self, job)
+
+    monkeypatch.setattr(pipeline._Run, "_finish", note)
+
+    def again(*options) -> list[str]:
+        del answered[:]
+        assert run("segment", cohort, "-o", out, "--weights", weights, *options) == EXIT_OK
+        assert [row["status"] for row in rows_of(out)] == ["ok"] * 5
+        return sorted(answered)
+
+    everything = [f"case{k}" for k in range(5)]
+    assert again() == everything
+    before = files_of(out)
+    capsys.readouterr()
+    assert again() == []
+    assert "case0: unchanged, " in capsys.readouterr().out
+    os.utime(cohort / "case1.nii.gz", (1, 1))
+    assert again() == []  # touched, not changed
+    assert files_of(out) == before
+    changed = nib.load(cohort / "case2.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(changed.dataobj) + np.int16(3), ASYMMETRIC), cohort / "case2.nii.gz")
+    (out / "case3_mask.nii.gz").unlink()
+    (out / "case4_overlay.png").write_bytes(b"cut")
+    (out / "case0.json").write_bytes(before["case0.json"][:-20] + b"}")
+    (out / "case0_mask.nii.gz").unlink()
+    (out / "case0_overlay.png").unlink()
+    (out / "case0.json").unlink()
+    assert again() == ["case0", "case2", "case3", "case4"]
+    assert again("--threshold", 0.4) == everything
+    assert again("--threshold", 0.4, "--save-attention") == everything
+    assert again("--threshold", 0.4, "--save-attention", "--redo") == everything
+    assert again("--threshold", 0.4) == everything  # without the maps
+    assert not list(out.glob("*attention*"))
+
+
+def test_other_weights_or_lungs_are_another_result(ct, net, weights, phantom, tmp_path):
+    out, lungs = tmp_path / "out", tmp_path / "lungs"
+    lungs.mkdir()
+    digests = []
+    for k in (0, 1):
+        nib.save(nib.Nifti1Image((phantom < -700 - 160 * k).astype(np.uint8), ASYMMETRIC), lungs / "ct.nii.gz")
+        assert run("segment", ct, "-o", out, "--weights", weights, "--lung", lungs) == EXIT_OK
+        digests.append(json.loads((out / "ct.json").read_text())["made_from"])
+    assert digests[0]["input"]["sha256"] != digests[1]["input"]["sha256"]
+    assert digests[0]["weights"] == digests[1]["weights"]
+    assert run("segment", ct, "-o", out, "--lung", lungs) == EXIT_OK
+    assert json.loads((out / "ct.json").read_text())["made_from"]["weights"] != digests[0]["weights"]
+
+
+def test_parts_share_the_cases(cohort, weights, tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    (cohort / "notes.nii").write_text("no NIfTI")
+    assert run("segment", cohort, "-o", whole, "--weights", weights, "--quiet") == EXIT_FAILED_CASES
+    names = []
+    for part in (1, 2):
+        options = ("--num-parts", 2, "--part", part, "--weights", weights, "--quiet")
+        assert run("segment", cohort, "-o", shared, *options) == (EXIT_OK if part == 1 else EXIT_FAILED_CASES)
+        rows = (shared / f"cases-{part}-of-2.csv").read_text().splitlines()[1:]
+        names += [row.partition(",")[0] for row in rows]
+    assert sorted(names) == ["case0", "case1", "case2", "case3", "case4", "notes"]
+    ours = {"cases.csv", "failures.jsonl"}
+    theirs = {"cases-1-of-2.csv", "cases-2-of-2.csv", "failures-2-of-2.jsonl"}
+    one, other = files_of(whole), files_of(shared)
+    assert {name: one[name] for name in one.keys() - ours} == {name: other[name] for name in other.keys() - theirs}
+    assert run("segment", cohort, "-o", shared, "--num-parts", 2, "--part", 3, "--weights", weights) == EXIT_USAGE
+
+
+def test_several_engines_share_the_cases(cohort, weights, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for output, count in ((one, 1), (two, 2)):
+        segmenters = [Segmenter(weights, "cpu") for _ in range(count)]
+        summary = pipeline.segment_files([cohort], output, segmenters, pipeline.Options(quiet=True))
+        assert summary.all_well and summary.slices == 20
+        assert [row["case"] for row in summary.rows] == [f"case{k}" for k in range(5)]
+    assert files_of(one) == files_of(two)
+
+
+def test_memory_does_not_grow_with_the_cases(phantom, weights, tmp_path, monkeypatch):
+    """Never more cases in memory than one at each stage and one waiting between."""
+    alive, most, folder = [], [], tmp_path / "cohort"
+    folder.mkdir()
+    for k in range(24):
+        nib.save(nib.Nifti1Image(phantom[:, :, :2], ASYMMETRIC), folder / f"c{k:02}.nii")
+    made = Job.__post_init__
+
+    def watch(job) -> None:
+        made(job)
+        alive.append(weakref.ref(job.mask))
+        most.append(sum(mask() is not None for mask in alive))
+
+    monkeypatch.setattr(Job, "__post_init__", watch)
+    gc.disable()  # nothing may wait for it
+    try:
+        assert run("segment", folder, "-o", tmp_path / "out", "--weights", weights, "--quiet") == EXIT_OK
+    finally:
+        gc.enable()
+    assert len(most) == 24 and max(most) <= 5
+
+
+# Faults
+
+
+def break_reading(monkeypatch, name: str, error: BaseException) -> None:
+    read = pipeline.read_volume
+
+    def broken(case):
+        if case.name == name:
+            raise error
+        return read(case)
+
+    monkeypatch.setattr(pipeline, "read_volume", broken)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("a bug"), OSError(5, "Input/output error")])
+def test_a_reader_that_breaks_costs_one_case(cohort, weights, tmp_path, monkeypatch, error, capsys):
+    break_reading(monkeypatch, "case2", error)
+    out = tmp_path / "out"
+    assert run("segment", cohort, "-o", out, "--weights", weights) == EXIT_FAILED_CASES
+    assert [row["status"] for row in rows_of(out)] == ["ok", "ok", "failed", "ok", "ok"]
+    (failure,) = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+    assert failure["case"] == "case2" and failure["kind"] == type(error).__name__ and str(error) in failure["reason"]
+    monkeypatch.undo()
+    assert run("segment", cohort, "-o", out, "--weights", weights) == EXIT_OK
+    assert not (out / "failures.jsonl").exists()
+
+
+def test_a_stopped_run_ends_at_once_and_leaves_nothing_half_written(cohort, weights, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real, begun = pipeline._Run._write, threading.Event()
+
+    def write(self, job):
+        begun.set()
+        return real(self, job)
+
+    class Interrupted(Exception):
+        pass
+
+    def wait(futures, return_when):
+        assert begun.wait(60)
+        raise Interrupted
+
+    monkeypatch.setattr(pipeline._Run, "_write", write)
+    monkeypatch.setattr(pipeline, "wait", wait)  # Ctrl-C, while the first result is written
+    with pytest.raises(Interrupted):
+        run("segment", cohort, "-o", out, "--weights", weights, "--quiet")
+    assert not list(out.glob(".*"))
+    done = [row["case"] for row in rows_of(out)]
+    assert 1 <= len(done) < 5 and all((out / f"{name}.json").exists() for name in done)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("reader", "engine", "writer"))]
+
+
+def test_a_file_that_changes_while_it_is_read_fails(ct, weights, tmp_path, monkeypatch, capsys):
+    read = pipeline.read_volume
+
+    def slow(case):
+        volume = read(case)
+        os.utime(case.path, (5, 5))
+        return volume
+
+    monkeypatch.setattr(pipeline, "read_volume", slow)
+    assert run("segment", ct, "-o", tmp_path / "out", "--weights", weights) == EXIT_FAILED_CASES
+    assert "was changed while it was read" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_goes_away_costs_its_cases(cohort, weights, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    real = pipeline.write_results
+
+    def write(case, *rest):
+        if case.name == "case1":
+            shutil.rmtree(out)
+        return real(case, *rest)
+
+    monkeypatch.setattr(pipeline, "write_results", write)
+    started = time.monotonic()
+    assert (
+        run("segment", cohort, "-o", out, "--weights", weights, "--quiet") == EXIT_USAGE
+    )  # nor can the table be written
+    assert time.monotonic() - started < 30
+    assert "case1_mask.nii.gz: cannot be written: No such file or directory" in capsys.readouterr().err
+
+
+def test_kills_lose_nothing():
+    command = [sys.executable, Path(__file__).with_name("kill_cohort.py"), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+# Quality
+
+
+def test_quality_by_hand():
+    turn = Turn(np.diag([0.7, 0.7, 5.0, 1.0]))
+    mask = np.zeros((40, 8, 8), np.uint8)
+    mask[3, 2, 2] = 1
+    assert assess(mask, turn, []) == {"status": "pass", "reasons": []}
+    assert assess(mask, turn, ["uneven"]) == {"status": "warn", "reasons": ["uneven"]}
+    assert assess(mask[0], None, []) == {"status": "pass", "reasons": []}
+    low = assess(mask[:20], turn, [])
+    assert low["status"] == "warn" and "covers 100 mm" in low["reasons"][0]
+    mask[0, 1, 1] = mask[-1, 1, 1] = 1
+    assert "reaches the lowest and the highest slice" in assess(mask, turn, [])["reasons"][0]
+    assert "12.0 mm apart" in assess(mask[:20], Turn(np.diag([0.7, 0.7, 12.0, 1.0])), [])["reasons"][0]
+    angle = np.radians(20)
+    tilted = np.eye(4)
+    tilted[:3, :3] = [[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]]
+    tilted[:3, 2] *= 5
+    assert "20 degrees from the patient's axes" in assess(mask, Turn(tilted), [])["reasons"][0]
+    full = assess(np.ones_like(mask), turn, ["uneven"])
+    assert full["status"] == "fail" and "100% of all voxels" in full["reasons"][0]
+
+
+def test_quality_stands_in_report_and_table(ct, weights, tmp_path):
+    assert run("segment", ct, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+    found = json.loads((tmp_path / "out" / "ct.json").read_text())["qc"]
+    assert found["status"] == rows_of(tmp_path / "out")[0]["qc"] == "warn"
+    assert any("covers 15 mm" in reason for reason in found["reasons"])
