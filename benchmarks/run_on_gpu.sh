@@ -5,6 +5,7 @@
 #   benchmarks/run_on_gpu.sh sanitize         the kernels under compute-sanitizer
 #   benchmarks/run_on_gpu.sh model            forward pass: eager, torch.compile and the engine, and its single steps
 #   benchmarks/run_on_gpu.sh tune             the engine with tiles tuned on this GPU, which are printed
+#   benchmarks/run_on_gpu.sh cohort           many scans, from files to files
 #   benchmarks/run_on_gpu.sh ops              the fused operations: Triton, CUDA, eager and torch.compile
 #   benchmarks/run_on_gpu.sh weights DATA     trains scoat-w32 at 512x512 (goes on where it was stopped)
 #
@@ -48,6 +49,10 @@ case $part in
       --seconds 1 --commit "$commit" -o "$out/model_tuned.json"
     cat "$out/cache/scoat_fast/tiles.json"
     ;;
+  cohort)
+    timeout -k 10 500 python3 -m scoat_fast.cli bench cohort examples/ct.nii.gz --copies 1000 --device cuda \
+      --commit "$commit" -o "$out/cohort.json"
+    ;;
   ops)
     # each ends in good time, with the rows that it has by then; compiling takes seconds a row, so at one batch only
     bench_ops() {
@@ -72,7 +77,7 @@ case $part in
     tail -3 "$out/metrics.csv"
     ;;
   *)
-    sed -n '2,13p' "$0"
+    sed -n '2,14p' "$0"
     exit 2
     ;;
 esac

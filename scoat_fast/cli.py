@@ -148,6 +148,15 @@ def bench_model(args: argparse.Namespace) -> int:
     return EXIT_OK if passed(result) else EXIT_FAILED_CASES
 
 
+def bench_cohort(args: argparse.Namespace) -> int:
+    from .bench.cohort import run
+
+    result = run(
+        args.scans, args.weights, args.device, args.copies, args.rounds, args.seconds, args.commit, args.output
+    )
+    return EXIT_OK if result["rows"][0]["reason"] is None else EXIT_FAILED_CASES
+
+
 def bench_chart(args: argparse.Namespace) -> int:
     from .bench.chart import draw
 
@@ -330,6 +339,25 @@ def _add_bench(commands) -> None:
     command.add_argument("--details", action="store_true", help="also the engine's steps, and PyTorch's convolutions")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     command.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each row (default: %(default)s)")
+    command.add_argument("--commit", default="", help="what is measured, where there is no git")
+    command.add_argument("-o", "--output", type=_path, metavar="FILE", help="also write the numbers here, as JSON")
+    command = benches.add_parser(
+        "cohort",
+        help="time many scans, from files to files",
+        description="Makes a cohort of copies of the scans, segments it as scoat-fast segment does, and compares the "
+        "speed with the engine's own and with a plain loop of nibabel and eager PyTorch. Another answer than the "
+        "loop's gets no number, and the exit code is 3. Linux only: it looks at its own memory there.",
+        epilog=EXIT_CODES,
+    )
+    command.set_defaults(run=bench_cohort)
+    command.add_argument("scans", nargs="+", type=_path, metavar="SCAN.nii.gz")
+    command.add_argument("--copies", type=_positive, default=10, metavar="N", help="of each scan (default: 10)")
+    command.add_argument("--rounds", type=_positive, default=5, metavar="N", help="in turns with the rest (default: 5)")
+    command.add_argument("--weights", default="scoat-w16", help="shipped weights or a file (default: %(default)s)")
+    command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
+    command.add_argument(
+        "--seconds", type=float, default=3.0, metavar="S", help="for the engine (default: %(default)s)"
+    )
     command.add_argument("--commit", default="", help="what is measured, where there is no git")
     command.add_argument("-o", "--output", type=_path, metavar="FILE", help="also write the numbers here, as JSON")
     command = benches.add_parser(

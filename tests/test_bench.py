@@ -13,9 +13,11 @@ import torch
 
 from scoat_fast import clock, ops
 from scoat_fast.bench import calls, check, machine, table
+from scoat_fast.bench import cohort as cohort_bench
 from scoat_fast.bench.chart import draw
 from scoat_fast.bench.chart import table as table_of
 from scoat_fast.bench.ops import Plan, passed, run
+from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
 from scoat_fast.errors import BadInputError, OutputError, ScoatFastError
 from scoat_fast.ops._samples import Maker, Sample
 
@@ -338,3 +340,40 @@ def test_model_rows_are_checked_before_they_are_timed(tmp_path, monkeypatch, cap
     wrong = [row for row in result["rows"] if row["name"].startswith("SCOATNet")]
     assert all(row["us_per_slice"] is None and "allowed is" in row["reason"] for row in wrong)
     assert "no time: its error is 1.0e-02" in capsys.readouterr().out
+
+
+# Cohorts
+
+
+def test_a_cohort_is_timed_beside_the_engine_and_a_plain_loop(ct, weights, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "cohort.json"
+    arguments = ["bench", "cohort", str(ct), "--copies", "3", "--rounds", "2", "--seconds", "0", "--device", "cpu"]
+    assert main([*arguments, "--weights", str(weights), "-o", str(file), "--commit", "abc"]) == EXIT_OK
+    result = json.loads(file.read_text())
+    assert (result["cases"], result["slices"], result["shape"], result["commit"]) == (4, 24, [40, 36, 6], "abc")
+    cohort, engine, loop = result["rows"]
+    assert cohort["dice"] == 1.0 and cohort["reason"] is None
+    assert cohort["share_of_engine"] == pytest.approx(cohort["slices_per_s"] / engine["slices_per_s"])
+    assert cohort["ratio_to_loop"] == pytest.approx(cohort["slices_per_s"] / loop["slices_per_s"])
+    assert 0 <= cohort["waited_for_reading"] < 1 and 0 <= cohort["waited_for_writing"] < 1 and cohort["peak_mib"] > 50
+    assert "4 cases of 40 x 36 x 6" in capsys.readouterr().out
+    assert table_of(file).splitlines()[0] == "| 4 scans of 6 slices | slices/s | x loop |"
+    monkeypatch.setattr(cohort_bench, "DICE", 1.1)  # another answer
+    assert main([*arguments, "--weights", str(weights), "-o", str(file)]) == EXIT_FAILED_CASES
+    first = json.loads(file.read_text())["rows"][0]
+    assert first["slices_per_s"] is first["share_of_engine"] is first["ratio_to_loop"] is None
+    assert "Dice of 1.0000, wanted is 1.1" in first["reason"]
+
+
+def test_a_cohort_of_bad_scans_is_an_error(ct, weights, tmp_path, capsys):
+    ct.write_bytes(ct.read_bytes()[:500])
+    assert main(["bench", "cohort", str(ct), "--weights", str(weights)]) == EXIT_USAGE
+    assert "truncated or damaged" in capsys.readouterr().err
+    assert main(["bench", "cohort", str(tmp_path / "no.nii"), "--weights", str(weights)]) == EXIT_USAGE
+    assert "cannot be copied: No such file" in capsys.readouterr().err
+
+
+def test_memory_growth_is_that_of_the_whole():
+    memory = cohort_bench._Memory()
+    memory._seen = [100] * 10 + [200] * 10 + [250] * 10 + [300] * 10
+    assert (memory.peak, memory.growth) == (300, 200)

@@ -238,6 +238,18 @@ def test_other_sizes_and_empty_batches():
     assert engine.mask(torch.rand(0, 1, 30, 32)).shape == (0, 1, 30, 32)
 
 
+def test_it_is_ready_at_once_in_and_out_of_inference_mode(monkeypatch):
+    net, x = trained(width=8), torch.rand(2, 1, 32, 32)
+    engine = scoat_fast.compile(net, size=32, batch_sizes=(1, 2))
+    ready = set(engine._ready)
+    assert {key[:1] + key[3:] for key in ready} == {(n, mask, False) for n in (1, 2) for mask in (False, True)}
+    with torch.inference_mode():
+        inside = engine(x, return_attention=True)[0], engine(torch.rand(1, 1, 16, 48)), engine.mask(x)
+    assert not engine(x).is_inference() and torch.equal(engine(x), inside[0].clone())
+    assert torch.equal(engine.mask(x), inside[2])
+    engine(torch.rand(1, 1, 16, 48))
+
+
 def test_threads_share_an_engine():
     net = trained(width=8)
     engine = scoat_fast.compile(net, size=32)

@@ -39,12 +39,20 @@ def draw(results: str | Path, output: str | Path) -> None:
 
 
 def table(results: str | Path) -> str:
-    """The rows of ``bench model`` as a table of Markdown, with their ratio to eager float32 of the same run.
+    """The rows of ``bench model`` or ``bench cohort`` as a table of Markdown, with their ratio to what they are for.
 
     Raises:
         BadInputError: for the file of results.
     """
     result = _read(Path(results))
+    if _is_cohort(result):
+        loop = result["rows"][-1]["slices_per_s"]
+        lines = [f"| {result['cases']} scans of {result['slices'] // result['cases']} slices | slices/s | x loop |"]
+        lines.append("|---|---|---|")
+        rows = [row for row in result["rows"] if row["slices_per_s"] is not None]
+        return "\n".join(
+            lines + [f"| {r['name']} | {r['slices_per_s']:.3g} | {r['slices_per_s'] / loop:.2f} |" for r in rows]
+        )
     if not _is_model(result):
         raise BadInputError(results, "wanted results of scoat-fast bench model")
     lines = ["| | width, size, batch | ms a slice | slices/s | x eager |", "|---|---|---|---|---|"]
@@ -63,7 +71,7 @@ def _read(path: Path) -> dict:
     """Results with at least one number to show."""
     try:
         result = json.loads(path.read_text())
-        drawn = _timed(result) if _is_model(result) else _drawn_ops(result)
+        drawn = result["rows"] if _is_cohort(result) else _timed(result) if _is_model(result) else _drawn_ops(result)
     except OSError as error:
         raise BadInputError(path, error.strerror or str(error)) from error
     except (ValueError, LookupError, TypeError) as error:
@@ -71,6 +79,10 @@ def _read(path: Path) -> dict:
     if not drawn:
         raise BadInputError(path, "wanted results with a ratio to eager, got none")
     return result
+
+
+def _is_cohort(result: dict) -> bool:
+    return "share_of_engine" in result["rows"][0]
 
 
 def _is_model(result: dict) -> bool:

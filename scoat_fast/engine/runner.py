@@ -178,9 +178,10 @@ class Engine:
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._ready: dict[tuple, _Prepared] = {}
         self._lock = threading.Lock()
-        for n in reversed(self.batch_sizes):  # the largest first: the others fit in its memory
-            for key in ((False, False), (True, False)):
-                self._prepare(n, *self.padded_size, *key)
+        for _ in range(2):  # what outgrew the memory of those before it made them forget: at the end all are ready
+            for n in reversed(self.batch_sizes):
+                for key in ((False, False), (True, False)):
+                    self._prepare(n, *self.padded_size, *key)
         self.calibration_dice = None if calibration is None else self._calibration_dice(calibration)
 
     @property
@@ -282,7 +283,8 @@ class Engine:
         if key not in self._ready:
             token = chosen.set(self._tiles)
             try:
-                self._ready[key] = self._bound(self._plans[mask, attention], n, height, width)
+                with torch.inference_mode(False):  # who calls first may be in it, and others not
+                    self._ready[key] = self._bound(self._plans[mask, attention], n, height, width)
             finally:
                 chosen.reset(token)
         return self._ready[key]
