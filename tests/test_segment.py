@@ -30,6 +30,7 @@ from scoat_fast.engine import runner
 from scoat_fast.imaging.pictures import read_mask
 from scoat_fast.segmentation.cases import find_cases
 from scoat_fast.segmentation.inference import Segmenter
+from scoat_fast.segmentation.lungs import LEFT, RIGHT
 from scoat_fast.segmentation.overlay import FOUND, TRUTH, contact_sheet
 from scoat_fast.segmentation.statistics import measure, remove_small
 
@@ -189,7 +190,7 @@ def test_measure_by_hand():
     mask[1, 1, 1:4] = 1
     hu = np.arange(60.0).reshape(3, 4, 5)
     lung = np.zeros_like(mask)
-    lung[1, :, :3] = 1
+    lung[1, :, :2], lung[1, :, 2] = RIGHT, LEFT
     assert measure(mask, hu, 2.5, lung) == {
         "voxels": 3,
         "mm3": 7.5,
@@ -197,12 +198,27 @@ def test_measure_by_hand():
         "hu_mean": 27.0,
         "hu_sd": pytest.approx((2 / 3) ** 0.5),
         "slices": 1,
+        "ground_glass_ml": 0.0,
+        "consolidation_ml": 0.0075,
+        "other_ml": 0.0,
         "lung_ml": 0.03,
         "share_of_lung": 2 / 12,
+        "right_ml": 0.0025,
+        "right_share": 1 / 8,
+        "left_ml": 0.0025,
+        "left_share": 1 / 4,
     }
+    for value, kind in ((-751, "other"), (-750, "ground_glass"), (-300, "ground_glass"), (-299, "consolidation")):
+        parts = measure(mask, np.full_like(hu, value), 2.5)
+        assert {name: parts[f"{name}_ml"] for name in ("other", "ground_glass", "consolidation")} == {
+            "other": 0, "ground_glass": 0, "consolidation": 0, kind: 0.0075
+        }  # fmt: skip
     empty = measure(mask * 0, hu, 2.5, lung * 0)
     assert empty["voxels"] == empty["mm3"] == empty["slices"] == 0
-    assert empty["hu_mean"] is empty["hu_sd"] is empty["share_of_lung"] is None
+    assert empty["hu_mean"] is empty["hu_sd"] is empty["share_of_lung"] is empty["left_share"] is None
+    unknown = measure(mask)
+    assert unknown["voxels"] == 3 and unknown["slices"] == 1
+    assert all(value is None for name, value in unknown.items() if name not in ("voxels", "slices"))
 
 
 def test_small_regions_are_counted_over_corners_and_slices():
@@ -644,7 +660,7 @@ def test_errors_that_nobody_can_read_keep_their_exit_code(ct, weights, tmp_path,
         done = subprocess.run(["bash", "-c", command, *map(str, arguments), *more], capture_output=True, timeout=120)
         assert done.returncode == code
         assert b"Traceback" not in done.stderr
-        assert done.stdout.count(b"\n") == (not more)
+        assert done.stdout.count(b"mL of opacity") == (not more)
     assert [row["status"] for row in rows_of(tmp_path / "out")] == ["failed", "ok"]
 
 

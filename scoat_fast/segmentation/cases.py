@@ -16,7 +16,7 @@ from ..imaging import dicom, nifti, pictures
 from ..imaging.files import is_file
 from ..imaging.volume import Volume
 
-RESULT = re.compile(r"(.+)_(mask|overlay|probability|attention_x\d\d)\.(nii\.gz|png)")
+RESULT = re.compile(r"(.+)_(mask|overlay|probability|lungs|attention_x\d\d)\.(nii\.gz|png)")
 
 
 @dataclass(frozen=True)

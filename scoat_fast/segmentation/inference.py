@@ -16,6 +16,7 @@ from ..errors import BadInputError, ScoatFastError
 from ..imaging.volume import Turn, check_affine, check_hu, check_mask, check_plane
 from ..imaging.window import Window
 from ..model import SCOATNet
+from .lungs import find_lungs, given_lungs
 from .statistics import check_min_mm3, measure, remove_small
 from .stream import Job, Stream
 
@@ -27,7 +28,8 @@ class Segmentation:
     """What was found in one volume, on the volume's own grid and in its axis order.
 
     ``mask``: uint8, 0 or 1. ``probabilities``: float32 in 0..1. ``attention``: name to map in 0..1, where asked for.
-    ``statistics``: see ``statistics.measure``.
+    ``statistics``: see ``statistics.measure``. ``lungs``: uint8, 1 in the right and 2 in the left one, as given or as
+    found by thresholds (see ``lungs.find_lungs``); None where there are none.
     """
 
     mask: np.ndarray
@@ -35,6 +37,7 @@ class Segmentation:
     statistics: dict
     warnings: list[str]
     attention: dict[str, np.ndarray]
+    lungs: np.ndarray | None
 
     def __iter__(self) -> Iterator[np.ndarray | dict]:
         """``mask, probabilities, statistics = segment(...)``."""
@@ -95,17 +98,21 @@ class Segmenter:
         warnings = check_hu(name, hu)
         if lung is not None:
             lung = turn.to_slices(_checked_lung(name, np.asarray(lung), volume_hu))
-            if not lung.any():
-                warnings.append("the lung mask is empty: no share of the lung")
         job = Job(hu, turn.spacing[1:], self.threshold(threshold), keeps_probabilities=True)
         self._finish(job, attention, quiet)
         mask = remove_small(job.mask, turn.voxel_mm3, min_mm3)
-        statistics = measure(mask, hu, turn.voxel_mm3, lung)
+        lungs = find_lungs(hu, mask, turn.spacing) if lung is None else given_lungs(lung, hu)
+
+        def back(slices: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(turn.from_slices(slices))
+
         return Segmentation(
-            *(np.ascontiguousarray(turn.from_slices(found)) for found in (mask, job.probabilities)),
-            statistics,
-            warnings,
-            {key: np.ascontiguousarray(turn.from_slices(found)) for key, found in job.attention.items()},
+            back(mask),
+            back(job.probabilities),
+            measure(mask, hu, turn.voxel_mm3, lungs.labels) | {"lung_mask": lungs.source},
+            warnings + lungs.warnings,
+            {key: back(found) for key, found in job.attention.items()},
+            None if lungs.labels is None else back(lungs.labels),
         )
 
     def threshold(self, wanted: float | None) -> float:
@@ -150,7 +157,7 @@ def segment(
         spacing: mm between slices, rows and columns. Not wanted with ``affine``.
         affine: [4, 4], from indices to right-anterior-superior mm, as nibabel and NIfTI have it.
         weights, device, batch_size: see ``Segmenter``, which is faster for more than one volume.
-        lung: the lungs on the same grid, for ``share_of_lung``.
+        lung: the lungs on the same grid; without, they are found by thresholds.
         threshold: of the probability, instead of the weights' own.
         min_mm3: leave out connected regions smaller than this.
         attention: also return the six attention maps of the paper's equation 1, on the grid of the volume.

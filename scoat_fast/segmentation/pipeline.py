@@ -35,6 +35,7 @@ from ..imaging.window import Window
 from .cases import Case, find_cases, read_volume
 from .inference import Segmenter, as_hu
 from .ledger import finished, input_facts, network_digest, options_digest, stamp
+from .lungs import Lungs, find_lungs, given_lungs
 from .overlay import contact_sheet
 from .quality import assess
 from .results import CSV_COLUMNS, check_free, check_lists, has_stale, report_path, row_of, write_results
@@ -53,6 +54,7 @@ class Options:
     lung: Path | None = None  # a mask, or a folder of masks named as the cases
     save_probabilities: bool = False
     save_attention: bool = False
+    save_lungs: bool = False
     redo: bool = False  # also what is done already
     quiet: bool = False
     part: int = 1  # of ``parts``: every one takes its share of the cases
@@ -265,7 +267,9 @@ class _Run:
         if turn is not None:
             voxel_mm3 = turn.voxel_mm3
             mask = remove_small(mask, voxel_mm3, self.options.min_mm3)
-        statistics = measure(mask, None if turn is None else job.slices, voxel_mm3, job.about.lung)
+        lungs = self._lungs(job, mask)
+        warnings = job.about.warnings + lungs.warnings
+        statistics = measure(mask, None if turn is None else job.slices, voxel_mm3, lungs.labels)
         segmenter = self.segmenters[0]
         report = {
             "case": case.name,
@@ -275,9 +279,9 @@ class _Run:
             "weights": segmenter.pretrained.name,
             "threshold": job.threshold,
             "min_mm3": self.options.min_mm3,
-            "warnings": job.about.warnings,
-            "qc": assess(mask, turn, job.about.warnings),
-            "statistics": statistics,
+            "warnings": warnings,
+            "qc": assess(mask, turn, warnings, lungs.labels is not None),
+            "statistics": statistics | {"lung_mask": lungs.source},
             "shape": list(mask.shape[1:] if turn is None else turn.from_slices(mask).shape),
             "spacing_mm": None if turn is None else [round(mm, 6) for mm in turn.spacing],
             "made_from": job.about.made_from,
@@ -287,6 +291,8 @@ class _Run:
         found = {"mask": mask}
         if job.probabilities is not None:
             found["probability"] = job.probabilities
+        if self.options.save_lungs and lungs.labels is not None:
+            found["lungs"] = lungs.labels
         found |= {f"attention_{name}": maps for name, maps in job.attention.items()}
         volumes = {kind: x[0] if turn is None else turn.from_slices(x) for kind, x in found.items()}
         report = write_results(case, self.output, report, volumes, job.about.header, sheet)
@@ -294,6 +300,12 @@ class _Run:
         with self._lock:
             self.summary.slices += len(mask)
         return row_of(report)
+
+    def _lungs(self, job: Job, mask: np.ndarray) -> Lungs:
+        """The given lungs, or those that are found in a volume; a picture has no HU to find any by."""
+        if job.about.lung is not None:
+            return given_lungs(job.about.lung, None if job.about.turn is None else job.slices)
+        return Lungs() if job.about.turn is None else find_lungs(job.slices, mask, job.about.turn.spacing)
 
     def _options_digest(self, has_lung: bool) -> str:
         """Of what else the results of a case depend on."""
@@ -305,6 +317,7 @@ class _Run:
                 "lung": has_lung,
                 "save_probabilities": self.options.save_probabilities,
                 "save_attention": self.options.save_attention,
+                "save_lungs": self.options.save_lungs,
             }
         )
 
@@ -384,7 +397,7 @@ def _read_volume(case: Case, lung_path: Path | None) -> tuple[Read, np.ndarray]:
         lung = turn.to_slices(mask_on_grid(volume, read_nifti(lung_path, labels=True), may_be_full=True))
     slices = as_hu(turn.to_slices(volume.voxels))
     warnings = volume.warnings + check_hu(case.path, slices)
-    return Read(case, turn, volume.header, lung, warnings + _lung_doubts(lung)), slices
+    return Read(case, turn, volume.header, lung, warnings), slices
 
 
 def _read_picture(case: Case, lung_path: Path | None) -> tuple[Read, np.ndarray]:
@@ -397,11 +410,7 @@ def _read_picture(case: Case, lung_path: Path | None) -> tuple[Read, np.ndarray]
         if lung.shape[1:] != grey.shape:
             wanted = f"a lung mask of {grey.shape} is wanted, as the picture"
             raise BadInputError(lung_path, f"{wanted}, got {lung.shape[1:]}")
-    return Read(case, None, None, lung, _lung_doubts(lung)), grey[None]
-
-
-def _lung_doubts(lung: np.ndarray | None) -> list[str]:
-    return ["the lung mask is empty: no share of the lung"] if lung is not None and not lung.any() else []
+    return Read(case, None, None, lung, []), grey[None]
 
 
 def _lung_path(case: Case, lung: Path) -> Path | None:

@@ -14,13 +14,14 @@ OBLIQUE = 15.0  # degrees between the slices' axes and the patient's
 MOST = 0.5  # of the voxels; more cannot be lung
 
 
-def assess(mask: np.ndarray, turn: Turn | None, warnings: Sequence[str]) -> dict:
+def assess(mask: np.ndarray, turn: Turn | None, warnings: Sequence[str], has_lungs: bool = True) -> dict:
     """``status`` "pass", "warn" or "fail", and the ``reasons``: the warnings about the input, and what the mask shows.
 
     Args:
         mask: [slices, H, W], slices from the feet up.
         turn: the place of its volume in space; None for a picture.
-        warnings: what was noticed when the input was read.
+        warnings: what was noticed so far.
+        has_lungs: whether lungs were found in the scan.
     """
     reasons, failures = list(warnings), []
     if turn is not None:
@@ -37,5 +38,7 @@ def assess(mask: np.ndarray, turn: Turn | None, warnings: Sequence[str]) -> dict
             reasons.append(f"opacity reaches the {' and the '.join(ends)} slice: it may go on outside the scan")
     if mask.mean() > MOST:
         failures.append(f"{mask.mean():.0%} of all voxels are marked as opacity: this is no segmentation of lungs")
+    if turn is not None and not has_lungs and not mask.any():
+        failures.append("neither lungs nor opacity were found: this says nothing about the patient")
     status = "fail" if failures else "warn" if reasons else "pass"
     return {"status": status, "reasons": failures + reasons}

@@ -19,10 +19,11 @@ from ..model import ATTENTION_NODES
 from .cases import Case, is_report
 
 PACKING = 3  # of pictures: 2 % larger than at the usual 6, in less than half of the time
-OPTIONAL = ("probability", *(f"attention_x{i}{j}" for i, j in ATTENTION_NODES))
+OPTIONAL = ("probability", "lungs", *(f"attention_x{i}{j}" for i, j in ATTENTION_NODES))
 CSV_COLUMNS = (
-    "case", "input", "status", "qc", "voxels", "mm3", "ml", "hu_mean", "hu_sd", "slices", "lung_ml", "share_of_lung",
-    "warnings", "error",
+    "case", "input", "status", "qc", "voxels", "mm3", "ml", "hu_mean", "hu_sd", "slices", "ground_glass_ml",
+    "consolidation_ml", "other_ml", "lung_mask", "lung_ml", "share_of_lung", "right_ml", "right_share", "left_ml",
+    "left_share", "warnings", "error",
 )  # fmt: skip
 
 
