@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASYMMETRIC
+from dicom_series import write_series
 from test_segment import rows_of, run
 
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
@@ -330,3 +331,26 @@ def test_quality_stands_in_report_and_table(ct, weights, tmp_path):
     found = json.loads((tmp_path / "out" / "ct.json").read_text())["qc"]
     assert found["status"] == rows_of(tmp_path / "out")[0]["qc"] == "warn"
     assert any("covers 15 mm" in reason for reason in found["reasons"])
+
+
+# Nothing leaves the machine
+
+NO_SOCKETS = """
+import sys
+def refuse(event, arguments):
+    if event.startswith("socket.") and event != "socket.gethostname":
+        raise SystemExit(f"{event} {arguments}")
+sys.addaudithook(refuse)
+from scoat_fast.cli import main
+for arguments in ["segment", *sys.argv[1:3], "-o", sys.argv[3], "--save-attention"], ["doctor"]:
+    assert main(arguments) == 0, arguments
+"""
+
+
+def test_no_command_opens_a_socket(ct, phantom, tmp_path):
+    series = write_series(tmp_path / "series", phantom.transpose(2, 1, 0).astype(float))
+    command = [sys.executable, "-c", NO_SOCKETS, ct, series, tmp_path / "out"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {row["status"] for row in rows_of(tmp_path / "out")} == {"ok"}

@@ -17,9 +17,9 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 from PIL import Image
 
 from scoat_fast import BadInputError, OutputError
-from scoat_fast.imaging import files
+from scoat_fast.imaging import files, packing
 from scoat_fast.imaging.grid import from_square, to_square
-from scoat_fast.imaging.nifti import nifti_bytes, read_nifti
+from scoat_fast.imaging.nifti import new_header, nifti_bytes, read_nifti
 from scoat_fast.imaging.pictures import read_mask, read_picture
 from scoat_fast.imaging.volume import Turn, check_hu
 from scoat_fast.imaging.window import LUNG, Window
@@ -217,7 +217,24 @@ def broken_nifti(tmp_path) -> dict[str, Path]:
     return bad
 
 
-def test_broken_nifti_files_are_refused_by_name(tmp_path):
+@pytest.fixture(params=["isal", "gzip"])
+def unpacker(request, monkeypatch):
+    """The fast one, and Python's own."""
+    if request.param == "gzip":
+        monkeypatch.setattr(packing, "igzip", None)
+    else:
+        assert packing.igzip is not None
+
+
+def test_packed_volumes_come_back(unpacker, phantom, tmp_path):
+    header = new_header(ASYMMETRIC, phantom.shape)
+    assert nifti_bytes(phantom, header) == nifti_bytes(phantom, header)
+    (tmp_path / "ct.nii.gz").write_bytes(nifti_bytes(phantom, header))
+    assert np.array_equal(read_nifti(tmp_path / "ct.nii.gz").voxels, phantom)
+    assert np.array_equal(nib.load(tmp_path / "ct.nii.gz").dataobj, phantom)
+
+
+def test_broken_nifti_files_are_refused_by_name(unpacker, tmp_path):
     for name, path in broken_nifti(tmp_path).items():
         with pytest.raises(BadInputError) as error:
             read_nifti(path)

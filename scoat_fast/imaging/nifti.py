@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +14,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from ..errors import BadInputError
 from .files import is_file
+from .packing import DAMAGED, open_packed, pack
 from .volume import Volume, check_affine
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -43,10 +42,10 @@ def read_nifti(path: str | Path, labels: bool = False) -> Volume:
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if packed else path.open("rb") as file:
+        with open_packed(path) if packed else path.open("rb") as file:
             header = _read_header(path, file)
             stored = _read_voxels(path, file, header)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except DAMAGED as error:
         raise BadInputError(path, f"truncated or damaged: {error}") from error
     except OSError as error:
         raise BadInputError(path, f"cannot be read: {error.strerror or error}") from error
@@ -86,7 +85,7 @@ def nifti_bytes(voxels: np.ndarray, like: Nifti1Header) -> bytes:
     header["scl_slope"], header["scl_inter"] = 1, 0
     header.set_data_dtype(voxels.dtype)
     image = IMAGES[type(header)](voxels.reshape(header.get_data_shape()), None, header)
-    return gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
+    return pack(image.to_bytes())
 
 
 def new_header(affine: np.ndarray, shape: tuple[int, int, int]) -> Nifti1Header:
