@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -112,6 +113,23 @@ def doctor(args: argparse.Namespace) -> int:
     return EXIT_OK if run(find_device(args.device).type, args.json, args.quiet) else EXIT_FAILED_CASES
 
 
+def export(args: argparse.Namespace) -> int:
+    from .export import export as run
+    from .pretrained import load
+
+    error = run(load(args.weights), args.output, args.size)
+    print(f"{args.output}: logits within {error:.1e} of the largest of the network's own")
+    return EXIT_OK
+
+
+def info(args: argparse.Namespace) -> int:
+    from . import info as facts
+
+    found = facts.info()
+    print(json.dumps(found, indent=2) if args.json else facts.text(found))
+    return EXIT_OK
+
+
 def bench_ops(args: argparse.Namespace) -> int:
     from .bench.ops import Plan, passed, run
     from .segmentation.inference import find_device
@@ -189,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_train(commands)
     _add_validate(commands)
+    _add_export(commands)
+    _add_info(commands)
     _add_doctor(commands)
     _add_bench(commands)
     return parser
@@ -259,6 +279,27 @@ def _add_validate(commands) -> None:
     command.add_argument("--json", type=_path, metavar="FILE", help="also write the numbers here")
     command.add_argument("--overlays", type=_path, metavar="DIR", help="also a contact sheet of each patient")
     command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_export(commands) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a trained network as ONNX or as a program of torch.export",
+        description="Writes FILE.onnx (one file, checked in ONNX Runtime; pip install 'scoat-fast[export]') or "
+        "FILE.pt2 (for torch.export.load). The batch is dynamic; window, size and threshold stand in the file.",
+    )
+    command.set_defaults(run=export)
+    command.add_argument("weights", metavar="WEIGHTS", help="shipped weights or a file")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="FILE", help="ends in .onnx or .pt2")
+    command.add_argument("--size", type=_size, metavar="N", help="of the slices (default: the weights' own)")
+
+
+def _add_info(commands) -> None:
+    command = commands.add_parser(
+        "info", help="what is installed, and which weights ship", description="Prints versions, builds and weights."
+    )
+    command.set_defaults(run=info)
+    command.add_argument("--json", action="store_true", help="for programs")
 
 
 def _add_doctor(commands) -> None:

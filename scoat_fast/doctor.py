@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from . import __version__, ops
 from .engine import runner
 from .errors import ScoatFastError
 from .imaging.files import make_folder, write_text
+from .info import version_of
 from .model import SCOATNet
 from .ops import _verdict, parity
 from .ops._backend import IMPLEMENTATIONS, ORDER, why_not
@@ -133,7 +134,7 @@ def machine_facts(device: str) -> dict[str, object]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda of torch": torch.version.cuda,
-            "triton": _version("triton"),
+            "triton": version_of("triton"),
         },
         "build": build or {"why_no_extension": "this copy was never built", "why_no_cuda": "this copy was never built"},
     }
@@ -146,13 +147,6 @@ def machine_facts(device: str) -> dict[str, object]:
 
 def _built() -> bool:
     return resources.files(__package__).joinpath("_build.json").is_file()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def driver_version() -> str | None:

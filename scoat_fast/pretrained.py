@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from .errors import WeightsError
 from .imaging.files import write_atomically
 from .imaging.window import LUNG
 from .model import SCOATNet
+from .weights import shipped
 
 FORMAT = "scoat_fast 1"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,20 +63,10 @@ def _sorted_header(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
-def shipped() -> list[str]:
-    """The names of the weights that come with the package."""
-    return sorted(
-        entry.name.removesuffix(".safetensors")
-        for entry in resources.files("scoat_fast.weights").iterdir()
-        if entry.name.endswith(".safetensors")
-    )
-
-
 def load(name_or_path: str | Path) -> SCOATNet:
     """See ``SCOATNet.from_pretrained``. Also reads state dicts saved with ``torch.save``, but never runs their code."""
-    if str(name_or_path) in shipped():
-        path = Path(str(resources.files("scoat_fast.weights") / f"{name_or_path}.safetensors"))
-    else:
+    path = shipped().get(str(name_or_path))
+    if path is None:
         path = Path(name_or_path)
         try:
             path.open("rb").close()

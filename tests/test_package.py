@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,15 +23,17 @@ MAY_IMPORT = {
     "ops": {"_C", "errors"},
     "layers": {"ops"},
     "model": {"layers", "ops", "pretrained"},  # from_pretrained, inside the function
-    "pretrained": {"errors", "imaging", "model"},
+    "pretrained": {"errors", "imaging", "model", "weights"},
     "clock": set(),
     "engine": {"_C", "clock", "errors", "imaging", "layers", "model", "ops"},
     "segmentation": {"engine", "errors", "imaging", "model"},
     "train": {"errors", "imaging", "model", "pretrained", "segmentation"},
     "weights": set(),
-    "doctor": {"engine", "errors", "imaging", "model", "ops"},
+    "info": {"weights"},
+    "export": {"errors", "imaging", "model"},
+    "doctor": {"engine", "errors", "info", "imaging", "model", "ops"},
     "bench": {"clock", "doctor", "engine", "errors", "imaging", "model", "ops", "segmentation"},
-    "cli": {"bench", "doctor", "errors", "imaging", "segmentation", "train"},
+    "cli": {"bench", "doctor", "errors", "export", "imaging", "info", "pretrained", "segmentation", "train"},
 }
 
 
@@ -48,6 +52,20 @@ def test_importing_the_package_and_the_command_line_is_lean():
 def test_help_is_lean():
     code = "import scoat_fast.cli as c\ntry: c.main(['segment', '--help'])\nexcept SystemExit: pass"
     assert not HEAVY & modules_after(code)
+
+
+def test_info_is_lean_and_true(capsys):
+    code = "from scoat_fast.cli import main; main(['info', '--json'])"
+    assert not modules_after(code) & HEAVY
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scoat_fast"] == scoat_fast.__version__ and found["packages"]["torch"] == metadata.version("torch")
+    net = scoat_fast.SCOATNet.from_pretrained("scoat-w16")
+    facts = found["weights"]["scoat-w16"]
+    assert (facts["width"], facts["size"]) == (net.width, net.pretrained.size)
+    assert facts["window"] == list(net.pretrained.window) and facts["licence"] == net.pretrained.licence
+    assert main(["info"]) == 0
+    assert "weights scoat-w16: width 16, 256x256, window -1250 to 250 HU" in capsys.readouterr().out
 
 
 def test_the_network_needs_no_image_library():

@@ -16,7 +16,7 @@ def forward(x: Tensor, w1: Tensor, w2: Tensor, means: Tensor | None) -> tuple[Te
     exact = accumulator(x.dtype)
     known = x.mean((2, 3), dtype=exact) if means is None else means
     out = x * excite(known, w1, w2).to(x.dtype)[:, :, None, None]
-    return out.contiguous(memory_format=memory_format(x)), known if means is None else known.new_empty((len(x), 0))
+    return out.contiguous(memory_format=memory_format(x)), known if means is None else known.new_empty((x.shape[0], 0))
 
 
 def backward(
@@ -27,4 +27,9 @@ def backward(
     dx = dout * excite(means, w1, w2).to(x.dtype)[:, :, None, None]
     if not given:
         dx = dx + (dmeans / (x.shape[2] * x.shape[3])).to(x.dtype)[:, :, None, None]
-    return dx.contiguous(memory_format=memory_format(x)), dw1, dw2, dmeans if given else dmeans.new_empty((len(x), 0))
+    return (
+        dx.contiguous(memory_format=memory_format(x)),
+        dw1,
+        dw2,
+        dmeans if given else dmeans.new_empty((x.shape[0], 0)),
+    )

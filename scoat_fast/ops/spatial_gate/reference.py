@@ -19,7 +19,7 @@ def forward(y: Tensor, attention: Tensor, row: list[Tensor], return_means: bool)
         joined = torch.cat([*row, joined], 1)
     joined = joined.contiguous(memory_format=memory_format(y))
     exact = accumulator(y.dtype)
-    means = joined.mean((2, 3), dtype=exact) if return_means else joined.new_empty((len(y), 0), dtype=exact)
+    means = joined.mean((2, 3), dtype=exact) if return_means else joined.new_empty((y.shape[0], 0), dtype=exact)
     return joined, means
 
 
