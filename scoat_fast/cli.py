@@ -76,6 +76,7 @@ def segment(args: argparse.Namespace) -> int:
     options = Options(
         threshold=args.threshold,
         min_mm3=args.min_mm3,
+        series=tuple(args.series),
         lung=args.lung,
         save_probabilities=args.save_probabilities,
         save_attention=args.save_attention,
@@ -218,8 +219,8 @@ def _add_segment(commands) -> None:
     command = commands.add_parser(
         "segment",
         help="segment CT volumes and slices",
-        description="Segments NIfTI volumes, folders with a DICOM series, windowed PNG, JPEG, WebP or TIFF slices "
-        "(each a case), and folders of these. Writes CASE_mask.nii.gz (or .png), "
+        description="Segments NIfTI volumes, folders with DICOM series, zip archives of one of these, windowed PNG, "
+        "JPEG, WebP or TIFF slices (each a case), and folders of all that. Writes CASE_mask.nii.gz (or .png), "
         "CASE_overlay.png, CASE.json and cases.csv.",
         epilog=EXIT_CODES,
     )
@@ -229,6 +230,13 @@ def _add_segment(commands) -> None:
     command.add_argument("--weights", default="scoat-w16", help="shipped weights or a file (default: %(default)s)")
     command.add_argument("--threshold", type=float, metavar="P", help="of the probability (default: the weights' own)")
     command.add_argument("--min-mm3", type=float, default=0.0, metavar="V", help="leave out regions smaller than this")
+    command.add_argument(
+        "--series",
+        nargs="+",
+        default=(),
+        metavar="S",
+        help="numbers or UIDs of the DICOM series to take (default: all CT)",
+    )
     command.add_argument("--lung", type=_path, metavar="MASK", help="lung mask, or a folder of CASE.nii.gz (CASE.png)")
     command.add_argument("--save-probabilities", action="store_true", help="also CASE_probability.nii.gz (.png, 8 bit)")
     command.add_argument("--save-attention", action="store_true", help="also the six CASE_attention_xIJ.nii.gz (.png)")

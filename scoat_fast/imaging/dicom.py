@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_partial
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, UID_dictionary
 
 from ..errors import BadInputError
@@ -24,6 +26,17 @@ USED = (
     "PhotometricInterpretation", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "Rows", "Columns",
     "RescaleSlope", "RescaleIntercept",
 )  # fmt: skip
+SERIES_NUMBER = 0x00200011  # the last tag that tells series apart
+# of an Enhanced CT image: what holds for all frames, and what each has in its functional groups or shares
+FRAME_KEEPS = (
+    "SeriesInstanceUID", "ImageType", "Modality", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"
+)  # fmt: skip
+FRAME_PARTS = {
+    "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
+    "PlanePositionSequence": ("ImagePositionPatient",),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
+}
 EVEN = 0.02  # share of the spacing by which gaps between slices may differ
 TILT = 1.0  # degrees between the slices' normal and the way from one to the next
 
@@ -59,20 +72,53 @@ def _is_damaged_slice(path: Path) -> bool:
     return not start or not all(byte >= 32 or byte in b"\t\n\r" for byte in start)
 
 
-def read_series(folder: str | Path) -> Volume:
+@dataclass(frozen=True)
+class Series:
+    """A series of images in a folder, but for localizers: its UID, its number (None without), and its modality."""
+
+    uid: str
+    number: int | None
+    modality: str
+
+
+def list_series(folder: str | Path) -> list[Series]:
+    """The series of images in a folder, by their numbers. Reads the first few elements of each file.
+
+    A file that cannot be read is left to ``read_series``, which names it.
+    """
+    found: dict[str, Series] = {}
+    with warnings.catch_warnings(action="ignore"):
+        for path in sorted(Path(folder).iterdir()):
+            with contextlib.suppress(OSError, BadInputError):
+                if path.is_file() and is_dicom(path):
+                    header = _peek(path)
+                    uid = str(header.get("SeriesInstanceUID", ""))
+                    if uid not in found and _names_image(header) and not _is_localizer(header):
+                        number = str(header.get("SeriesNumber", None) or "")
+                        found[uid] = Series(
+                            uid, int(number) if number.isdigit() else None, str(header.get("Modality", ""))
+                        )
+    return sorted(found.values(), key=lambda series: (series.number is None, series.number or 0, series.uid))
+
+
+def read_series(folder: str | Path, uid: str | None = None) -> Volume:
     """The CT series in ``folder``: HU through each slice's own slope and intercept.
 
-    Slices are sorted by their position along their normal. Uneven gaps and a tilted gantry are warned about.
+    Slices are sorted by their position along their normal. Uneven gaps and a tilted gantry are warned about. Slices are
+    files of their own, or frames of one (Enhanced CT).
+
+    Args:
+        uid: of the series, where the folder holds several.
 
     Raises:
         BadInputError: if a file is damaged, the folder holds no CT slice or more than one series, or the slices do
             not form one volume.
     """
     with warnings.catch_warnings(action="ignore"):  # pydicom's, about values that are checked here
-        return _read_series(Path(folder))
+        return _read_series(Path(folder), uid)
 
 
-def _read_series(folder: Path) -> Volume:
+def _read_series(folder: Path, uid: str | None) -> Volume:
     # a link to a slice that is gone is read, too, and its error names it: the volume would lack that slice quietly
     there = sorted(path for path in folder.iterdir() if path.is_file() or (path.is_symlink() and not path.exists()))
     files = [path for path in there if is_dicom(path)]
@@ -80,7 +126,8 @@ def _read_series(folder: Path) -> Volume:
     for path in sorted(set(there) - set(files)):
         if _suffix(path) in suffixes and _is_damaged_slice(path):
             raise BadInputError(path, "damaged: among slices with such names it should be one, and is not DICOM")
-    slices = [slice for slice in map(_read, files) if _is_image(slice) and not _is_localizer(slice)]
+    read = [slice for slice in map(_read, files) if uid is None or str(slice.get("SeriesInstanceUID", "")) == uid]
+    slices = [frame for slice in read if _is_image(slice) and not _is_localizer(slice) for frame in _frames(slice)]
     if not slices:
         raise BadInputError(folder, "no DICOM file with an image")
     series = {str(slice.get("SeriesInstanceUID", "")) for slice in slices}
@@ -117,6 +164,50 @@ def _read_series(folder: Path) -> Volume:
     return Volume(folder, voxels, affine, new_header(affine, voxels.shape), doubts)
 
 
+def _peek(path: Path) -> pydicom.Dataset:
+    """What stands before a file's equipment and pixels. Raises BadInputError."""
+    with _damage_named(path), path.open("rb") as file:
+        bare = _start(path)[128:] != b"DICM"
+        return read_partial(file, lambda tag, *_: tag > SERIES_NUMBER, force=bare)
+
+
+def _frames(slice: pydicom.FileDataset) -> list[pydicom.Dataset]:
+    """The frames of an Enhanced CT image as slices, each with its own place, slope and intercept; or the one slice."""
+    if "PerFrameFunctionalGroupsSequence" not in slice:
+        return [slice]
+    with _damage_named(slice.filename):
+        count, groups = int(slice.NumberOfFrames), slice.PerFrameFunctionalGroupsSequence
+        shared = slice.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()]
+        if len(groups) != count:
+            raise BadInputError(
+                slice.filename, f"{count} frames are wanted, as it declares, got groups for {len(groups)}"
+            )
+        pixels = _stored(slice).reshape(-1, slice.Rows, slice.Columns)
+        if len(pixels) != count:
+            raise BadInputError(slice.filename, f"{count} frames are wanted, as it declares, got {len(pixels)}")
+        frames = []
+        for k, group in enumerate(groups):
+            frame = _Frame()
+            frame.filename, frame.stored = slice.filename, pixels[k]
+            for name in FRAME_KEEPS:
+                if name in slice:
+                    frame[name] = slice[name]
+            for sequence, names in FRAME_PARTS.items():
+                item = (group.get(sequence) or shared[0].get(sequence) or [pydicom.Dataset()])[0]
+                for name in names:
+                    if name in item:
+                        frame[name] = item[name]
+            frames.append(frame)
+        return frames
+
+
+class _Frame(pydicom.Dataset):
+    """A frame as if it were a file, with the values that are ``stored`` for its pixels."""
+
+    filename: str
+    stored: np.ndarray
+
+
 def _read(path: Path) -> pydicom.FileDataset:
     bare = _start(path)[128:] != b"DICM" and not _suffix(path)
     with _damage_named(path):
@@ -146,10 +237,15 @@ def _is_image(slice: pydicom.FileDataset) -> bool:
     """Whether this is an image, and not a report, say. Raises BadInputError if it should be one and is cut off."""
     if "PixelData" in slice:
         return True
-    kind = UID(str(slice.get("SOPClassUID") or slice.file_meta.get("MediaStorageSOPClassUID")))
-    if kind in UID_dictionary and "Image Storage" not in kind.name:
+    if not _names_image(slice):
         return False
     raise BadInputError(slice.filename, "truncated: an image is wanted, got no pixels")
+
+
+def _names_image(slice: pydicom.Dataset) -> bool:
+    """Whether this says that it is an image, or says nothing that is known."""
+    kind = UID(str(slice.get("SOPClassUID") or getattr(slice, "file_meta", {}).get("MediaStorageSOPClassUID")))
+    return kind not in UID_dictionary or "Image Storage" in kind.name
 
 
 def _is_localizer(slice: pydicom.FileDataset) -> bool:
@@ -208,14 +304,22 @@ def _step(folder: Path, slices, positions: np.ndarray, normal: np.ndarray) -> tu
     return step, doubts
 
 
-def _hounsfield(slice: pydicom.FileDataset) -> np.ndarray:  # [rows, columns] float32
+def _stored(slice: pydicom.Dataset) -> np.ndarray:
+    """The pixels as they are stored. Raises BadInputError."""
+    if isinstance(slice, _Frame):
+        return slice.stored
     try:
-        stored = slice.pixel_array
+        return slice.pixel_array
     except Exception as error:  # decoders raise many kinds on damaged or compressed data
         syntax = slice.file_meta.TransferSyntaxUID.name if "TransferSyntaxUID" in slice.file_meta else "unknown"
         raise BadInputError(
-            slice.filename, f"its pixels ({syntax}) cannot be decoded; compressed ones need pylibjpeg: {error}"
+            slice.filename,
+            f"its pixels ({syntax}) cannot be decoded; compressed ones need pip install 'scoat-fast[dicom]': {error}",
         ) from error
+
+
+def _hounsfield(slice: pydicom.Dataset) -> np.ndarray:  # [rows, columns] float32
+    stored = _stored(slice)
     if stored.shape != (slice.Rows, slice.Columns):
         raise BadInputError(slice.filename, f"{slice.Rows} x {slice.Columns} pixels are wanted, got {stored.shape}")
     said = slice.get("RescaleSlope", 1), slice.get("RescaleIntercept", 0)

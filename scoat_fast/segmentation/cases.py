@@ -6,13 +6,14 @@ import json
 import os
 import re
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import BadInputError
-from ..imaging import dicom, nifti, pictures
+from ..imaging import archive, dicom, nifti, pictures
 from ..imaging.files import is_file
 from ..imaging.volume import Volume
 
@@ -21,30 +22,62 @@ RESULT = re.compile(r"(.+)_(mask|overlay|probability|lungs|attention_x\d\d)\.(ni
 
 @dataclass(frozen=True)
 class Case:
-    """One volume or picture: ``kind`` is "nifti", "dicom" (a folder) or "picture"; ``name`` starts its results."""
+    """One volume or picture; ``name`` starts its results.
+
+    ``kind`` is "nifti", "dicom" (a folder; ``series`` is the UID of one of several in it), "zip" (with one scan in it)
+    or "picture".
+    """
 
     name: str
     kind: str
     path: Path
+    series: str | None = None
 
 
 def read_volume(case: Case) -> Volume:
     """Reads a case that is no picture. Raises BadInputError."""
-    return dicom.read_series(case.path) if case.kind == "dicom" else nifti.read_nifti(case.path)
+    if case.kind == "zip":
+        return _read_archive(case.path)
+    return dicom.read_series(case.path, case.series) if case.kind == "dicom" else nifti.read_nifti(case.path)
 
 
-def find_cases(inputs: Sequence[str | Path], output: Path) -> tuple[list[Case], list[BadInputError]]:
+def _read_archive(path: Path) -> Volume:
+    """The one scan in an archive."""
+    with tempfile.TemporaryDirectory(prefix="scoat_fast") as scratch:
+        folder = Path(scratch)
+        archive.unpack(path, folder)
+        errors: list[BadInputError] = []
+        cases = [case for case in _in_folder(folder, folder / "results", errors) if case.kind != "zip"]
+        if errors:
+            raise BadInputError(path, errors[0].reason)
+        if len(cases) != 1 or cases[0].kind == "picture":
+            found = ", ".join(sorted(case.kind for case in cases)) or "none"
+            raise BadInputError(path, f"one scan is wanted in an archive, got {found}: unpack it, and give its folder")
+        try:
+            volume = read_volume(cases[0])
+        except BadInputError as error:
+            raise BadInputError(path, error.reason) from error
+        return replace(volume, path=path)
+
+
+def find_cases(
+    inputs: Sequence[str | Path], output: Path, series: Sequence[str] = ()
+) -> tuple[list[Case], list[BadInputError]]:
     """The cases of files and folders, each with a name of its own, and what is no case.
 
     Folders are searched with all that lies below them, also behind links, but for ``output`` and for results. Equal
-    names are told apart by the folders above them, and by their suffix.
+    names are told apart by the folders above them, and by their suffix. A folder with several CT series gives a case
+    for each.
+
+    Args:
+        series: UIDs or numbers of the DICOM series to take; all by default.
     """
-    cases: dict[Path, Case] = {}
+    cases: dict[tuple, Case] = {}
     errors: list[BadInputError] = []
     for given in map(Path, inputs):
         try:
-            for case in _cases(given, _real(output), errors):
-                cases.setdefault(_real(case.path), case)
+            for case in _cases(given, _real(output), errors, series):
+                cases.setdefault((_real(case.path), case.series), case)
         except BadInputError as error:
             errors.append(error)
         except OSError as error:
@@ -52,12 +85,13 @@ def find_cases(inputs: Sequence[str | Path], output: Path) -> tuple[list[Case], 
     return _tell_apart(list(cases.values())), errors
 
 
-def _cases(given: Path, output: Path, errors: list[BadInputError]) -> list[Case]:
+def _cases(given: Path, output: Path, errors: list[BadInputError], series: Sequence[str]) -> list[Case]:
     if stat.S_ISDIR(given.stat().st_mode):
         before = len(errors)
-        found = sorted(_in_folder(given, output, errors), key=lambda case: str(case.path))
+        found = sorted(_in_folder(given, output, errors, series), key=lambda case: str(case.path))
         if not found and len(errors) == before:
-            raise BadInputError(given, "an empty folder: no NIfTI file, DICOM series or picture in it")
+            what = "such series" if series else "NIfTI file, DICOM series or picture"
+            raise BadInputError(given, f"an empty folder: no {what} in it")
         return found
     if not is_file(given):
         raise BadInputError(given, "a file or a folder is wanted, this is neither")
@@ -65,11 +99,13 @@ def _cases(given: Path, output: Path, errors: list[BadInputError]) -> list[Case]
     if kind == "dicom":
         raise BadInputError(given, "one DICOM file: give the folder of its series")
     if kind is None:
-        raise BadInputError(given, "neither NIfTI, nor DICOM, nor a PNG, JPEG, WebP or TIFF picture")
+        raise BadInputError(
+            given, "neither NIfTI, nor DICOM, nor a zip of these, nor a PNG, JPEG, WebP or TIFF picture"
+        )
     return [Case(_stem(given, kind), kind, given)]
 
 
-def _in_folder(folder: Path, output: Path, errors: list[BadInputError]) -> Iterable[Case]:
+def _in_folder(folder: Path, output: Path, errors: list[BadInputError], wanted: Sequence[str] = ()) -> Iterable[Case]:
     """The cases below a folder; what cannot be read is added to ``errors``."""
 
     def note(error: OSError) -> None:
@@ -90,9 +126,27 @@ def _in_folder(folder: Path, output: Path, errors: list[BadInputError]) -> Itera
                 continue
             if kind == "dicom" and not series:
                 series = True
-                yield Case(_stem(here, kind), kind, here)
-            elif kind in ("nifti", "picture"):
+                yield from _series_cases(here, wanted)
+            elif kind in ("nifti", "picture", "zip"):
                 yield Case(_stem(here / name, kind), kind, here / name)
+
+
+def _series_cases(folder: Path, wanted: Sequence[str]) -> list[Case]:
+    """A case for each CT series in a folder; for the folder as it is where there are not several series."""
+    name, found = _stem(folder, "dicom"), dicom.list_series(folder)
+    if wanted:
+        found = [one for one in found if one.uid in wanted or str(one.number) in wanted]
+        if not found:
+            return []
+    scans = [one for one in found if one.modality in ("CT", "")] or found
+    if len(scans) == len(found) <= 1 and not wanted:
+        return [Case(name, "dicom", folder)]
+    if len(scans) == 1:
+        return [Case(name, "dicom", folder, scans[0].uid)]
+    numbers = [one.number for one in scans]
+    named = None not in numbers and len(set(numbers)) == len(numbers)
+    labels = numbers if named else range(1, len(scans) + 1)
+    return [Case(f"{name}_{k}", "dicom", folder, one.uid) for k, one in zip(labels, scans, strict=True)]
 
 
 def _is_new(folder: Path, seen: set[Path]) -> bool:
@@ -129,6 +183,8 @@ def _kind(path: Path) -> str | None:
         return "nifti"
     if path.suffix.lower() in pictures.SUFFIXES:
         return "picture"
+    if path.suffix.lower() == archive.SUFFIX:
+        return "zip"
     return "dicom" if dicom.is_dicom(path) else None
 
 

@@ -51,6 +51,7 @@ class Options:
 
     threshold: float | None = None
     min_mm3: float = 0.0
+    series: tuple[str, ...] = ()  # UIDs or numbers of the DICOM series to take; all by default
     lung: Path | None = None  # a mask, or a folder of masks named as the cases
     save_probabilities: bool = False
     save_attention: bool = False
@@ -118,7 +119,7 @@ def segment_files(
     share = "" if options.parts == 1 else f"-{options.part}-of-{options.parts}"
     table, failures = output / f"cases{share}.csv", output / f"failures{share}.jsonl"
     check_lists(table, failures)
-    cases, errors = find_cases(inputs, output)
+    cases, errors = find_cases(inputs, output, options.series)
     run = _Run(output, segmenters, options, failures)
     try:
         if options.part == 1:  # what is no case belongs to nobody's share

@@ -1,0 +1,245 @@
+"""What a hospital's disk holds: folders with several series, Enhanced CT, compressed pixels, zip archives."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import stat
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from dicom_series import write_series
+from pydicom.dataset import Dataset
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+from test_segment import rows_of, run
+
+from scoat_fast import BadInputError
+from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK
+from scoat_fast.imaging import archive
+from scoat_fast.imaging.dicom import list_series, read_series
+from scoat_fast.segmentation.cases import Case, find_cases, read_volume
+
+
+@pytest.fixture
+def slices(phantom):
+    return np.ascontiguousarray(phantom.transpose(2, 1, 0)).astype(float)
+
+
+def study(folder: Path, slices: np.ndarray, **modalities: tuple[int, str]) -> Path:
+    """One folder with a series for each name: its number and modality. Those of one look differ by a shift."""
+    for k, (name, (number, modality)) in enumerate(modalities.items()):
+
+        def change(_, slice, number=number, modality=modality):
+            slice.SeriesNumber, slice.Modality = number, modality
+
+        made = write_series(folder / name, slices + k, change=change)
+        for path in sorted(made.iterdir()):
+            shutil.move(path, folder / f"{name}_{path.name}.dcm")
+        made.rmdir()
+    return folder
+
+
+# Several series
+
+
+def test_every_ct_series_of_a_folder_is_a_case(slices, weights, tmp_path):
+    folder = study(tmp_path / "scan", slices, a=(4, "CT"), b=(2, "CT"), c=(7, "MR"), d=(8, "SR"))
+    assert [series.number for series in list_series(folder)] == [2, 4, 7, 8]
+    out = tmp_path / "out"
+    assert run("segment", folder, "-o", out, "--weights", weights, "--quiet") == EXIT_OK
+    assert [row["case"] for row in rows_of(out)] == ["scan_2", "scan_4"]
+    cases, errors = find_cases([folder], out)
+    assert not errors
+    for case, shift in zip(cases, (1, 0), strict=True):
+        voxels = read_volume(case).voxels.transpose(2, 1, 0)
+        np.testing.assert_allclose(voxels, slices + shift, atol=1)
+
+
+def test_series_are_picked_by_number_or_uid(slices, tmp_path):
+    folder = study(tmp_path / "scan", slices, a=(4, "CT"), b=(2, "CT"))
+    uids = {series.number: series.uid for series in list_series(folder)}
+    for wanted, expected in ((["4"], ["scan"]), ([uids[2]], ["scan"]), (["2", "4"], ["scan_2", "scan_4"])):
+        cases, errors = find_cases([folder], tmp_path / "out", wanted)
+        assert [case.name for case in cases] == expected and not errors
+    assert find_cases([folder], tmp_path / "out", ["4"])[0][0].series == uids[4]
+    cases, errors = find_cases([folder], tmp_path / "out", ["9"])
+    assert not cases and "no such series in it" in errors[0].reason
+
+
+def test_series_without_numbers_are_counted(slices, tmp_path):
+    folder = study(tmp_path / "scan", slices, a=(3, "CT"), b=(3, "CT"))
+    assert [case.name for case in find_cases([folder], tmp_path)[0]] == ["scan_1", "scan_2"]
+    with pytest.raises(BadInputError, match="one series is wanted, got 2"):
+        read_series(folder)
+
+
+def test_one_series_beside_others_keeps_the_folders_name(slices, tmp_path):
+    folder = study(tmp_path / "scan", slices, a=(3, "CT"), b=(5, "PT"))
+    (case,) = find_cases([folder], tmp_path)[0]
+    assert case.name == "scan"
+    np.testing.assert_allclose(read_volume(case).voxels.transpose(2, 1, 0), slices, atol=1)
+    only = study(tmp_path / "other", slices, a=(3, "MR"))
+    with pytest.raises(BadInputError, match="modality MR"):
+        read_volume(find_cases([only], tmp_path)[0][0])
+
+
+# Enhanced CT
+
+
+def enhanced(folder: Path, slices: np.ndarray, slopes: list[tuple[float, float]], change=lambda image: None) -> Path:
+    """All slices in one file, in an order that tells nothing."""
+    source = write_series(folder / "single", slices, slopes=slopes)
+    files = sorted((pydicom.dcmread(path) for path in source.iterdir()), key=lambda file: file.InstanceNumber)
+    shutil.rmtree(source)
+    image = files[0]
+    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+
+    def part(**values) -> list[Dataset]:
+        item = Dataset()
+        for name, value in values.items():
+            setattr(item, name, value)
+        return [item]
+
+    groups = []
+    for file in files:
+        groups += part(
+            PlanePositionSequence=part(ImagePositionPatient=file.ImagePositionPatient),
+            PixelValueTransformationSequence=part(
+                RescaleSlope=file.RescaleSlope, RescaleIntercept=file.RescaleIntercept
+            ),
+        )
+    image.SharedFunctionalGroupsSequence = part(
+        PixelMeasuresSequence=part(PixelSpacing=image.PixelSpacing, SliceThickness=2.5),
+        PlaneOrientationSequence=part(ImageOrientationPatient=image.ImageOrientationPatient),
+    )
+    image.PerFrameFunctionalGroupsSequence = groups
+    image.NumberOfFrames, image.PixelData = len(files), b"".join(file.PixelData for file in files)
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
+        delattr(image, name)
+    change(image)
+    folder.mkdir(exist_ok=True)
+    image.save_as(folder / "enhanced.dcm", enforce_file_format=True)
+    return folder
+
+
+def test_frames_are_slices(slices, weights, tmp_path):
+    slopes = [(1, -1024), (2, -1000), (1, 0), (0.5, -3000), (1, 100), (1, -8192)]
+    volume = read_series(enhanced(tmp_path / "e", slices, slopes))
+    expected = read_series(write_series(tmp_path / "s", slices, slopes=slopes))
+    np.testing.assert_array_equal(volume.voxels, expected.voxels)
+    np.testing.assert_allclose(volume.affine, expected.affine)
+    assert run("segment", tmp_path / "e", "-o", tmp_path / "out", "--weights", weights, "--quiet") == EXIT_OK
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda image: setattr(image, "NumberOfFrames", 5), "5 frames are wanted, as it declares, got groups for 6"),
+    (lambda image: image.PerFrameFunctionalGroupsSequence[2].__delattr__("PlanePositionSequence"),
+     "ImagePositionPatient is missing"),
+    (lambda image: image.SharedFunctionalGroupsSequence[0].__delattr__("PixelMeasuresSequence"),
+     "PixelSpacing is missing"),
+    (lambda image: image.__delattr__("PerFrameFunctionalGroupsSequence"), "holds several frames"),
+    (lambda image: setattr(image, "PixelData", image.PixelData[:-9]), "cannot be decoded"),
+], ids=["count", "place", "spacing", "groups", "cut"])  # fmt: skip
+def test_frames_that_lack_something_are_refused(slices, tmp_path, change, reason):
+    with pytest.raises(BadInputError, match=reason):
+        read_series(enhanced(tmp_path / "e", slices, [(1, -1024)] * 6, change))
+
+
+# Compressed pixels
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless], ids=lambda uid: uid.name)
+def test_compressed_slices(slices, tmp_path, syntax):
+    def compress(k, slice):
+        slice.PixelRepresentation = 0
+        slice.PixelData = (slices[k] + 1024).round().astype("<u2").tobytes()
+        slice.BitsStored, slice.HighBit = 12, 11
+        slice.compress(syntax, generate_instance_uid=False)
+
+    packed = read_series(write_series(tmp_path / "packed", slices, change=compress))
+    np.testing.assert_array_equal(packed.voxels, read_series(write_series(tmp_path / "plain", slices)).voxels)
+
+
+# Archives
+
+
+def zipped(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, data in files.items():
+            target.writestr(name, data)
+    return path
+
+
+def test_a_scan_in_an_archive(ct, slices, weights, tmp_path):
+    series = write_series(tmp_path / "series", slices)
+    files = {f"Pati\u00ebnt/../x/{path.name}".replace("../", ""): path.read_bytes() for path in series.iterdir()}
+    files |= {"README.txt": b"hello", "__MACOSX/._IM0001": b"\0\1", "empty/": b""}
+    dicom = zipped(tmp_path / "dicom.zip", files)
+    nifti = zipped(tmp_path / "nifti.ZIP", {"deep/er/CT scan.nii.gz": ct.read_bytes()})
+    expected = read_series(series)
+    found = read_volume(Case("dicom", "zip", dicom))
+    np.testing.assert_array_equal(found.voxels, expected.voxels)
+    np.testing.assert_array_equal(found.affine, expected.affine)
+    assert run("segment", dicom, nifti, "-o", tmp_path / "out", "--weights", weights, "--quiet") == EXIT_OK
+    assert [row["case"] for row in rows_of(tmp_path / "out")] == ["dicom", "nifti"]
+    assert nib.load(tmp_path / "out" / "nifti_mask.nii.gz").shape == (40, 36, 6)
+    assert (nib.load(tmp_path / "out" / "nifti_mask.nii.gz").affine == nib.load(ct).affine).all()
+
+
+def link(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name)
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return entry
+
+
+def test_archives_that_mean_harm_are_refused(ct, weights, tmp_path, monkeypatch):
+    good = ct.read_bytes()
+    bad = {
+        "names a parent": zipped(tmp_path / "parent.zip", {"../../evil.nii.gz": good}),
+        "names a root": zipped(tmp_path / "root.zip", {"/tmp/evil.nii.gz": good}),
+        "names a drive": zipped(tmp_path / "drive.zip", {"C:\\evil.nii.gz": good}),
+        "is a bomb": zipped(tmp_path / "bomb.zip", {"bomb.nii": bytes(archive.SMALL + 1)}),
+        "two scans": zipped(tmp_path / "two.zip", {"a.nii.gz": good, "b.nii.gz": good}),
+        "a picture": zipped(tmp_path / "picture.zip", {"a.png": b"x"}),
+        "nothing": zipped(tmp_path / "nothing.zip", {"notes.txt": b"hello"}),
+        "an archive": zipped(tmp_path / "nested.zip", {"a.zip": (tmp_path / "two.zip").read_bytes()}),
+        "a cut scan": zipped(tmp_path / "scan.zip", {"a.nii.gz": good[:200]}),
+    }
+    bad["no archive"] = tmp_path / "text.zip"
+    bad["no archive"].write_text("hello")
+    bad["cut"] = tmp_path / "cut.zip"
+    bad["cut"].write_bytes(bad["two scans"].read_bytes()[:-40])
+    flipped = bytearray(bad["two scans"].read_bytes())
+    flipped[200] ^= 255
+    bad["flipped"] = tmp_path / "flipped.zip"
+    bad["flipped"].write_bytes(flipped)
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as target:
+        target.writestr(link("a.nii.gz"), "/etc/passwd")
+    bad["a link"] = tmp_path / "link.zip"
+    monkeypatch.setattr(archive, "MEMBERS", 30)
+    bad["crowded"] = zipped(tmp_path / "crowded.zip", {f"{k}.dcm": b"" for k in range(31)})
+    before = {path.name for path in tmp_path.iterdir()}
+    out = tmp_path / "out"
+    assert run("segment", *bad.values(), ct, "-o", out, "--weights", weights) == EXIT_FAILED_CASES
+    rows = {row["case"]: row for row in rows_of(out)}
+    assert [name for name, row in rows.items() if row["status"] == "ok"] == ["ct"]
+    for name, reason in {
+        "parent": "leads out of it", "root": "leads out of it", "drive": "leads out of it", "bomb": "packs so well",
+        "two": "got nifti, nifti", "picture": "got picture", "nothing": "got none", "nested": "got none",
+        "scan": "truncated or damaged", "text": "a damaged archive", "cut": "a damaged archive", "link": "holds a link",
+        "crowded": "at most 30 files", "flipped": "damaged",
+    }.items():  # fmt: skip
+        assert reason in rows[name]["error"], (name, rows[name]["error"])
+    assert {path.name for path in tmp_path.iterdir()} - before == {"out"}
+
+
+def test_more_than_an_entry_declares_is_not_written(tmp_path, monkeypatch):
+    path = zipped(tmp_path / "a.zip", {"a.nii": bytes(5000)})
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: io.BytesIO(bytes(6000)))
+    (tmp_path / "to").mkdir()
+    with pytest.raises(BadInputError, match="holds more than it declares"):
+        archive.unpack(path, tmp_path / "to")
