@@ -89,6 +89,12 @@ def segment(args: argparse.Namespace) -> int:
     return EXIT_OK if segment_files(args.inputs, args.output, segmenters, options).all_well else EXIT_FAILED_CASES
 
 
+def report(args: argparse.Namespace) -> int:
+    from .report.cohort import write_report
+
+    return EXIT_OK if write_report(args.results, args.output, args.paths, args.quiet) else EXIT_FAILED_CASES
+
+
 def prepare(args: argparse.Namespace) -> int:
     from .imaging.window import Window
     from .train.prepare import Preparation
@@ -205,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_segment(commands)
+    _add_report(commands)
     _add_prepare(commands)
     _add_train(commands)
     _add_validate(commands)
@@ -248,6 +255,21 @@ def _add_segment(commands) -> None:
     command.add_argument("--part", type=_positive, default=1, metavar="K", help="the Kth share of the cases (from 1)")
     command.add_argument("--redo", action="store_true", help="also what an earlier run has done from the same input")
     command.add_argument("--quiet", action="store_true", help="no progress bars, no summaries")
+
+
+def _add_report(commands) -> None:
+    command = commands.add_parser(
+        "report",
+        help="HTML pages of results: one of each case, one of all",
+        description="Writes REPORT/index.html and REPORT/cases/CASE.html about the results that segment left in a "
+        "folder. The pages need nothing but themselves.",
+        epilog=EXIT_CODES,
+    )
+    command.set_defaults(run=report)
+    command.add_argument("results", type=_path, metavar="RESULTS", help="folder that segment wrote to")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="REPORT", help="folder for the pages")
+    command.add_argument("--paths", action="store_true", help="show where the inputs lie, not only their names")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _add_prepare(commands) -> None:

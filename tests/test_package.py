@@ -27,13 +27,14 @@ MAY_IMPORT = {
     "clock": set(),
     "engine": {"_C", "clock", "errors", "imaging", "layers", "model", "ops"},
     "segmentation": {"engine", "errors", "imaging", "model"},
+    "report": {"errors", "imaging", "segmentation"},
     "train": {"errors", "imaging", "model", "pretrained", "segmentation"},
     "weights": set(),
     "info": {"weights"},
     "export": {"errors", "imaging", "model"},
     "doctor": {"engine", "errors", "info", "imaging", "model", "ops"},
     "bench": {"clock", "doctor", "engine", "errors", "imaging", "model", "ops", "segmentation"},
-    "cli": {"bench", "doctor", "errors", "export", "imaging", "info", "pretrained", "segmentation", "train"},
+    "cli": {"bench", "doctor", "errors", "export", "imaging", "info", "pretrained", "report", "segmentation", "train"},
 }
 
 

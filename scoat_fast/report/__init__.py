@@ -1,0 +1,1 @@
+"""Pages for people: a case, a cohort, a patient over time."""

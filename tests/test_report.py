@@ -1,0 +1,121 @@
+"""The pages about results: whole, escaped, and with nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_segment import run
+
+from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
+from scoat_fast.report.pages import number, rows_of
+
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """A page whose elements are all closed: its text, its addresses and its elements."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open, self.text, self.addresses, self.elements = [], "", [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        assert not [name for name, _ in attributes if name.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+HOSTILE = "<script>alert(1)<\uff0fscript> '\"&=cmd"
+
+
+@pytest.fixture
+def results(ct, phantom, weights, tmp_path) -> Path:
+    """Of a volume, of one with a hostile name, of a picture, and of a file that is none."""
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    shutil.copy(ct, inputs / "plain.nii.gz")
+    shutil.copy(ct, inputs / f"{HOSTILE}.nii.gz")
+    Image.fromarray(((phantom[:, :, 2].T + 1250) / 1500 * 255).clip(0, 255).astype(np.uint8)).save(inputs / "p.png")
+    (inputs / "bad.nii").write_text("hello")
+    out = tmp_path / "results"
+    options = ("--weights", weights, "--save-attention", "--quiet")
+    assert run("segment", inputs, "-o", out, *options) == EXIT_FAILED_CASES
+    return out
+
+
+def test_pages_are_whole_and_need_nothing_else(results, tmp_path):
+    report = tmp_path / "report"
+    assert run("report", results, "-o", report, "--quiet") == EXIT_OK
+    pages = {path: Page(path) for path in report.rglob("*.html")}
+    assert len(pages) == 5
+    for path, page in pages.items():
+        assert "script" not in page.elements and "Research only" in page.text
+        for address in page.addresses:
+            assert address.startswith("data:image/webp;base64,") or (path.parent / unquote(address)).is_file(), address
+        assert str(tmp_path) not in page.text
+    index = pages[report / "index.html"]
+    assert HOSTILE in index.text and "4 cases" in index.text and "1 failed" in index.text
+    case = pages[report / "cases" / f"{HOSTILE}.html"]
+    numbers = json.loads((results / f"{HOSTILE}.json").read_text())["statistics"]
+    assert f"{numbers['ml']:.1f} mL" in case.text and "Ground glass" in case.text
+    assert sum(address.startswith("data:") for address in case.addresses) == 7  # the slices, and six maps
+    assert "a header of 348 bytes is wanted" in pages[report / "cases" / "bad.html"].text
+    picture = pages[report / "cases" / "p.html"]
+    assert sum(address.startswith("data:") for address in picture.addresses) == 7
+    before = {path: path.read_bytes() for path in pages}
+    assert run("report", results, "-o", report, "--quiet") == EXIT_OK  # again, over its own pages
+    assert {path: path.read_bytes() for path in pages} == before
+    assert run("report", results, "-o", report, "--quiet", "--paths") == EXIT_OK
+    assert str(tmp_path / "in") in Page(report / "index.html").text
+
+
+def test_what_is_damaged_costs_no_other_page(results, tmp_path, capsys):
+    (results / "plain.json").write_text((results / "plain.json").read_text()[:-30])
+    (results / "p_overlay.png").write_bytes(b"x")
+    (results / f"{HOSTILE}_attention_x11.nii.gz").write_bytes(b"x")
+    report = tmp_path / "report"
+    assert run("report", results, "-o", report, "--quiet") == EXIT_FAILED_CASES
+    said = capsys.readouterr().err
+    assert "plain.json: its report is missing or damaged" in said and "p_overlay.png" in said
+    assert "attention_x11.nii.gz: truncated" in said
+    assert "missing or damaged" in Page(report / "cases" / "plain.html").text
+    assert "picture of this case is missing or damaged" in Page(report / "cases" / "p.html").text
+    assert len(list(report.rglob("*.html"))) == 5
+
+
+def test_files_of_others_stay(results, tmp_path, capsys):
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "index.html").write_text("<html>mine")
+    assert run("report", results, "-o", report, "--quiet") == EXIT_USAGE
+    assert "is no page of this program" in capsys.readouterr().err
+    assert (report / "index.html").read_text() == "<html>mine"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run("report", empty, "-o", report, "--quiet") == EXIT_USAGE
+    assert "no results of scoat-fast segment" in capsys.readouterr().err
+
+
+def test_numbers_as_people_read_them():
+    assert number("ml", 12.345) == "12.3 mL" and number("share_of_lung", 0.1234) == "12.3 %"
+    assert number("slices", 0) == "0" and number("hu_mean", None) == "\u2013" and number("new_thing", 1.25) == "1.2"
+    assert rows_of({"new_thing": 3, "ml": 1.0, "mm3": 1000.0}) == [("Opacity", "1.0 mL"), ("new_thing", "3")]
