@@ -81,6 +81,7 @@ def segment(args: argparse.Namespace) -> int:
         save_probabilities=args.save_probabilities,
         save_attention=args.save_attention,
         save_lungs=args.save_lungs,
+        dicom_seg=args.dicom_seg,
         redo=args.redo,
         quiet=args.quiet,
         part=args.part,
@@ -248,6 +249,9 @@ def _add_segment(commands) -> None:
     command.add_argument("--save-probabilities", action="store_true", help="also CASE_probability.nii.gz (.png, 8 bit)")
     command.add_argument("--save-attention", action="store_true", help="also the six CASE_attention_xIJ.nii.gz (.png)")
     command.add_argument("--save-lungs", action="store_true", help="also CASE_lungs.nii.gz: 1 right, 2 left")
+    command.add_argument(
+        "--dicom-seg", action="store_true", help="also CASE_seg.dcm of DICOM series; it names the patient as they do"
+    )
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
     command.add_argument("--devices", type=_numbers, metavar="0,1", help="several GPUs, which share the cases")
     command.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="slices at once, or auto")

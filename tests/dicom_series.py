@@ -21,7 +21,7 @@ def write_series(
     ``slopes``: slope and intercept of each slice. ``change(k, dataset)`` may alter slice k before it is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    series, study = generate_uid(), generate_uid()
+    series, study, frame = (generate_uid() for _ in range(3))
     names = np.random.default_rng(1).permutation(len(hu))
     for k, pixels in enumerate(hu):
         slope, intercept = slopes[k] if slopes else (1, -1024)
@@ -31,7 +31,7 @@ def write_series(
         slice = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
         slice.SOPClassUID, slice.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
         slice.PatientName, slice.PatientID, slice.Modality = "Doe^Jane", "12345", "CT"
-        slice.StudyInstanceUID, slice.SeriesInstanceUID = study, series
+        slice.StudyInstanceUID, slice.SeriesInstanceUID, slice.FrameOfReferenceUID = study, series, frame
         slice.InstanceNumber = int(names[k])  # tells nothing about the place
         slice.ImagePositionPatient = [-30.0, -20.0, 100 + k * spacing[0]]
         slice.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]

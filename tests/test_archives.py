@@ -243,3 +243,71 @@ def test_more_than_an_entry_declares_is_not_written(tmp_path, monkeypatch):
     (tmp_path / "to").mkdir()
     with pytest.raises(BadInputError, match="holds more than it declares"):
         archive.unpack(path, tmp_path / "to")
+
+
+# DICOM SEG
+
+
+def millimetres(indices: np.ndarray, affine: np.ndarray) -> set[tuple]:
+    """Where voxels [N, 3] lie, right-anterior-superior."""
+    return {tuple(point) for point in (indices @ affine[:3, :3].T + affine[:3, 3]).round(2)}
+
+
+def places_in_seg(seg: pydicom.Dataset) -> set[tuple]:
+    """Where the marked pixels of a segmentation lie, frame by frame, by what it says of each."""
+    shared = seg.SharedFunctionalGroupsSequence[0]
+    measures, orientation = shared.PixelMeasuresSequence[0], shared.PlaneOrientationSequence[0].ImageOrientationPatient
+    along_row, along_column = np.array(orientation, float).reshape(2, 3)
+    between_rows, between_columns = map(float, measures.PixelSpacing)
+    found = set()
+    for frame, group in zip(seg.pixel_array, seg.PerFrameFunctionalGroupsSequence, strict=True):
+        start = np.array(group.PlanePositionSequence[0].ImagePositionPatient, float)
+        for row, column in np.argwhere(frame):
+            lps = start + row * between_rows * along_column + column * between_columns * along_row
+            found.add(tuple((lps * [-1, -1, 1]).round(2) + 0.0))
+    return found
+
+
+@pytest.mark.parametrize("orientation", [
+    [1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, -1, 0], [0, 1, 0, 1, 0, 0], [0, -1, 0, 1, 0, 0], [1, 0, 0, 0, 0, -1],
+    [-1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1], [0, -1, 0, 0, 0, -1], [1, 0, 0, 0, 0.96, 0.28],
+])  # fmt: skip
+def test_a_segmentation_lies_where_its_mask_lies(slices, weights, tmp_path, orientation):
+    normal = np.cross(*np.array(orientation, float).reshape(2, 3))
+
+    def place(k, slice):
+        slice.ImageOrientationPatient = orientation
+        slice.ImagePositionPatient = list(np.array([-30.0, -20, 100]) + normal * k * 2.5)
+        slice.PatientName = "Doe^Jane"
+
+    folder, out = write_series(tmp_path / "scan", slices, change=place), tmp_path / "out"
+    options = ("--weights", weights, "--threshold", 0.2, "--dicom-seg", "--quiet")
+    assert run("segment", folder, "-o", out, *options) == EXIT_OK
+    seg = pydicom.dcmread(out / "scan_seg.dcm")
+    assert seg.Modality == "SEG" and seg.PatientName == "Doe^Jane" and seg.NumberOfFrames == 6
+    source = pydicom.dcmread(next(folder.iterdir()))
+    assert seg.StudyInstanceUID == source.StudyInstanceUID != seg.SeriesInstanceUID
+    assert seg.FrameOfReferenceUID == source.FrameOfReferenceUID
+    mask = nib.load(out / "scan_mask.nii.gz")
+    indices = np.argwhere(np.asarray(mask.dataobj))
+    assert 0 < len(indices) < np.prod(mask.shape)
+    expected = {tuple(np.array(point) + 0.0) for point in millimetres(indices, mask.affine)}
+    assert places_in_seg(seg) == expected
+    before = (out / "scan_seg.dcm").read_bytes()
+    assert run("segment", folder, "-o", out, *options, "--redo") == EXIT_OK
+    assert (out / "scan_seg.dcm").read_bytes() == before
+
+
+def test_segmentations_without_opacity_or_without_a_series(ct, slices, weights, tmp_path):
+    folder, out = write_series(tmp_path / "scan", slices), tmp_path / "out"
+    many = enhanced(tmp_path / "many", slices, [(1, -1024)] * 6)
+    options = ("--weights", weights, "--threshold", 0.9999, "--dicom-seg", "--quiet")
+    assert run("segment", folder, ct, many, "-o", out, *options) == EXIT_FAILED_CASES
+    seg = pydicom.dcmread(out / "scan_seg.dcm")
+    assert seg.NumberOfFrames == 6 and not seg.pixel_array.any()
+    rows = {row["case"]: row for row in rows_of(out)}
+    assert "no DICOM SEG: the input is no folder with a DICOM series" in rows["ct"]["warnings"]
+    assert "files of their own, this is Enhanced CT" in rows["many"]["error"]
+    assert not (out / "ct_seg.dcm").exists()
+    assert run("segment", folder, "-o", out, *options[:-2], "--quiet") == EXIT_OK
+    assert not (out / "scan_seg.dcm").exists()

@@ -146,11 +146,8 @@ def _read_series(folder: Path, uid: str | None) -> Volume:
         if ("RescaleIntercept" in slice) != ("RescaleIntercept" in first):
             raise BadInputError(folder, "some slices have a RescaleIntercept and some none: they are not all in HU")
 
+    slices, positions, normal = _sorted(slices)
     rows_to, columns_to = np.asarray(first.ImageOrientationPatient, float).reshape(2, 3)
-    normal = np.cross(rows_to, columns_to)
-    positions = np.array([np.asarray(slice.ImagePositionPatient, float) for slice in slices])
-    order = np.argsort(positions @ normal, kind="stable")
-    slices, positions = [slices[i] for i in order], positions[order]
     step, doubts = _step(folder, slices, positions, normal)
 
     affine = np.eye(4)
@@ -162,6 +159,27 @@ def _read_series(folder: Path, uid: str | None) -> Volume:
     check_affine(folder, affine)
     voxels = np.stack([_hounsfield(slice).T for slice in slices], axis=2)
     return Volume(folder, voxels, affine, new_header(affine, voxels.shape), doubts)
+
+
+def sorted_headers(folder: Path, uid: str | None = None) -> list[pydicom.FileDataset]:
+    """The slices of a series that ``read_series`` can read, in its order, without pixels. Raises BadInputError."""
+    with warnings.catch_warnings(action="ignore"):
+        slices = []
+        for path in sorted(Path(folder).iterdir()):
+            if path.is_file() and is_dicom(path):
+                slice = _read(path, with_pixels=False)
+                ours = uid is None or str(slice.get("SeriesInstanceUID", "")) == uid
+                if ours and _names_image(slice) and not _is_localizer(slice):
+                    slices.append(slice)
+        return slices if any("PerFrameFunctionalGroupsSequence" in slice for slice in slices) else _sorted(slices)[0]
+
+
+def _sorted(slices: list[pydicom.Dataset]) -> tuple[list[pydicom.Dataset], np.ndarray, np.ndarray]:
+    """Slices by their place along their normal, their places [N, 3], and the normal."""
+    normal = np.cross(*np.asarray(slices[0].ImageOrientationPatient, float).reshape(2, 3))
+    positions = np.array([np.asarray(slice.ImagePositionPatient, float) for slice in slices])
+    order = np.argsort(positions @ normal, kind="stable")
+    return [slices[i] for i in order], positions[order], normal
 
 
 def _peek(path: Path) -> pydicom.Dataset:
@@ -208,10 +226,10 @@ class _Frame(pydicom.Dataset):
     stored: np.ndarray
 
 
-def _read(path: Path) -> pydicom.FileDataset:
+def _read(path: Path, with_pixels: bool = True) -> pydicom.FileDataset:
     bare = _start(path)[128:] != b"DICM" and not _suffix(path)
     with _damage_named(path):
-        slice = pydicom.dcmread(path, force=bare)
+        slice = pydicom.dcmread(path, force=bare, stop_before_pixels=not with_pixels)
         if bare and "TransferSyntaxUID" not in slice.file_meta:
             implicit, _ = slice.original_encoding
             slice.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian

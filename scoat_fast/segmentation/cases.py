@@ -17,7 +17,7 @@ from ..imaging import archive, dicom, nifti, pictures
 from ..imaging.files import is_file
 from ..imaging.volume import Volume
 
-RESULT = re.compile(r"(.+)_(mask|overlay|probability|lungs|attention_x\d\d)\.(nii\.gz|png)")
+RESULT = re.compile(r"(.+)_(mask|overlay|probability|lungs|seg|attention_x\d\d)\.(nii\.gz|png|dcm)")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, OutputError, ScoatFastError, one_line
+from ..imaging.dicom_seg import write_seg
 from ..imaging.files import make_folder, write_csv, write_text
 from ..imaging.grid import SQUARE_PIXELS
 from ..imaging.nifti import read_nifti
@@ -56,6 +57,7 @@ class Options:
     save_probabilities: bool = False
     save_attention: bool = False
     save_lungs: bool = False
+    dicom_seg: bool = False  # where the input is a DICOM series
     redo: bool = False  # also what is done already
     quiet: bool = False
     part: int = 1  # of ``parts``: every one takes its share of the cases
@@ -248,6 +250,8 @@ class _Run:
         read.made_from = made_from
         if self.options.lung is not None and lung is None:
             read.warnings.append("no lung mask for this case")
+        if self.options.dicom_seg and case.kind != "dicom":
+            read.warnings.append("no DICOM SEG: the input is no folder with a DICOM series")
         if read.turn is None and self.options.min_mm3:
             read.warnings.append("a picture has no pixel size: small regions were kept")
         return Job(
@@ -296,7 +300,18 @@ class _Run:
             found["lungs"] = lungs.labels
         found |= {f"attention_{name}": maps for name, maps in job.attention.items()}
         volumes = {kind: x[0] if turn is None else turn.from_slices(x) for kind, x in found.items()}
-        report = write_results(case, self.output, report, volumes, job.about.header, sheet)
+        seg = None
+        if self.options.dicom_seg and case.kind == "dicom":
+            seed = json.dumps(job.about.made_from, sort_keys=True)
+            seg = partial(
+                write_seg,
+                folder=case.path,
+                uid=case.series,
+                mask=volumes["mask"],
+                weights=segmenter.pretrained.name,
+                seed=seed,
+            )
+        report = write_results(case, self.output, report, volumes, job.about.header, sheet, seg)
         self._tell(report)
         with self._lock:
             self.summary.slices += len(mask)
@@ -319,6 +334,7 @@ class _Run:
                 "save_probabilities": self.options.save_probabilities,
                 "save_attention": self.options.save_attention,
                 "save_lungs": self.options.save_lungs,
+                "dicom_seg": self.options.dicom_seg,
             }
         )
 

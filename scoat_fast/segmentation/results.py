@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
@@ -19,7 +20,7 @@ from ..model import ATTENTION_NODES
 from .cases import Case, is_report
 
 PACKING = 3  # of pictures: 2 % larger than at the usual 6, in less than half of the time
-OPTIONAL = ("probability", "lungs", *(f"attention_x{i}{j}" for i, j in ATTENTION_NODES))
+OPTIONAL = ("probability", "lungs", "seg", *(f"attention_x{i}{j}" for i, j in ATTENTION_NODES))
 CSV_COLUMNS = (
     "case", "input", "status", "qc", "voxels", "mm3", "ml", "hu_mean", "hu_sd", "slices", "ground_glass_ml",
     "consolidation_ml", "other_ml", "lung_mask", "lung_ml", "share_of_lung", "right_ml", "right_share", "left_ml",
@@ -62,6 +63,7 @@ def write_results(
     volumes: dict[str, np.ndarray],
     header: Nifti1Header | None,
     sheet: Image.Image,
+    seg: Callable[[BinaryIO], None] | None = None,
 ) -> dict:
     """Writes what was found in one case, the report last, and removes optional results of earlier runs.
 
@@ -70,6 +72,7 @@ def write_results(
         volumes: by kind ("mask", ...), on the grid of the input; with a ``header`` they become NIfTI, else pictures:
             of masks 0 and 255, of what lies in 0..1 eight bits.
         sheet: the overlay.
+        seg: writes a DICOM SEG.
 
     Returns:
         The report as it was written. Raises OutputError.
@@ -80,6 +83,8 @@ def write_results(
             suffix = "png" if header is None else "nii.gz"
             write = _png(_grey(voxels)) if header is None else partial(_write, nifti_bytes(voxels, header))
             files.write(output / f"{case.name}_{kind}.{suffix}", write)
+        if seg is not None:
+            files.write(output / f"{case.name}_seg.dcm", seg)
         files.write(output / f"{case.name}_overlay.png", _png(sheet))
         report = report | {"results": files.sizes}
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
@@ -101,7 +106,7 @@ def row_of(report: dict) -> dict:
 
 def _there(case: Case, output: Path, kinds: Sequence[str] = ("mask", "overlay", *OPTIONAL)) -> set[Path]:
     """Those of the results of a case that are there, beside its report."""
-    paths = (output / f"{case.name}_{kind}.{suffix}" for kind in kinds for suffix in ("nii.gz", "png"))
+    paths = (output / f"{case.name}_{kind}.{suffix}" for kind in kinds for suffix in ("nii.gz", "png", "dcm"))
     return {path for path in paths if os.path.lexists(path)}
 
 
