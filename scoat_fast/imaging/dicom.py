@@ -89,16 +89,22 @@ def list_series(folder: str | Path) -> list[Series]:
     found: dict[str, Series] = {}
     with warnings.catch_warnings(action="ignore"):
         for path in sorted(Path(folder).iterdir()):
-            with contextlib.suppress(OSError, BadInputError):
-                if path.is_file() and is_dicom(path):
-                    header = _peek(path)
-                    uid = str(header.get("SeriesInstanceUID", ""))
-                    if uid not in found and _names_image(header) and not _is_localizer(header):
-                        number = str(header.get("SeriesNumber", None) or "")
-                        found[uid] = Series(
-                            uid, int(number) if number.isdigit() else None, str(header.get("Modality", ""))
-                        )
+            with contextlib.suppress(BadInputError):
+                series = _series_of(path) if path.is_file() and is_dicom(path) else None
+                if series is not None:
+                    found.setdefault(series.uid, series)
     return sorted(found.values(), key=lambda series: (series.number is None, series.number or 0, series.uid))
+
+
+def _series_of(path: Path) -> Series | None:
+    """The series of an image, None for what is none; from what stands before its pixels. Raises BadInputError."""
+    with _damage_named(path), path.open("rb") as file:
+        header = read_partial(file, lambda tag, *_: tag > SERIES_NUMBER, force=_start(path)[128:] != b"DICM")
+        if not _names_image(header) or _is_localizer(header):
+            return None
+        number = str(header.get("SeriesNumber", None) or "")
+        uid, modality = (str(header.get(name, None) or "") for name in ("SeriesInstanceUID", "Modality"))
+        return Series(uid, int(number) if number.isdigit() else None, modality)
 
 
 def read_series(folder: str | Path, uid: str | None = None) -> Volume:
@@ -180,13 +186,6 @@ def _sorted(slices: list[pydicom.Dataset]) -> tuple[list[pydicom.Dataset], np.nd
     positions = np.array([np.asarray(slice.ImagePositionPatient, float) for slice in slices])
     order = np.argsort(positions @ normal, kind="stable")
     return [slices[i] for i in order], positions[order], normal
-
-
-def _peek(path: Path) -> pydicom.Dataset:
-    """What stands before a file's equipment and pixels. Raises BadInputError."""
-    with _damage_named(path), path.open("rb") as file:
-        bare = _start(path)[128:] != b"DICM"
-        return read_partial(file, lambda tag, *_: tag > SERIES_NUMBER, force=bare)
 
 
 def _frames(slice: pydicom.FileDataset) -> list[pydicom.Dataset]:
