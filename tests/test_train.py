@@ -358,7 +358,7 @@ def test_scores_are_those_of_the_file_that_was_written(data, tmp_path, monkeypat
     scored = []
 
     def recorded(segmenter, *more):
-        scored.append(segmenter.net.state_dict())
+        scored.append(segmenter.stream.net.state_dict())
         return evaluate(segmenter, *more)
 
     monkeypatch.setattr("scoat_fast.train.evaluate.evaluate", recorded)
