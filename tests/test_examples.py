@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -64,3 +65,22 @@ def test_the_python_of_the_readme_runs():
     exec(code.replace("scan.nii.gz", str(EXAMPLES / "ct.nii.gz")), names)
     assert names["found"].mask.shape == (256, 256, 12)
     assert names["found"].statistics["ml"] > 50
+
+
+def run_example(name: str, *arguments):
+    """What the ``main`` of an example gives."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(*arguments)
+
+
+def test_monai_inferers():
+    whole, windows = run_example("monai_inferers", 4)
+    assert whole == 1.0 and 0.8 < windows < 0.99
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*num_workers.*")
+def test_lightning_module():
+    losses = run_example("lightning_module")
+    assert len(losses) == 32 and losses[-1] < 0.6 * losses[0]
