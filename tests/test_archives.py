@@ -70,6 +70,15 @@ def test_series_are_picked_by_number_or_uid(slices, tmp_path):
     assert not cases and "no such series in it" in errors[0].reason
 
 
+def test_another_series_under_the_same_name_is_another_result(slices, weights, tmp_path):
+    folder, out = study(tmp_path / "scan", slices, a=(4, "CT"), b=(2, "CT")), tmp_path / "out"
+    seen = []
+    for number in (4, 2, 2):
+        assert run("segment", folder, "-o", out, "--weights", weights, "--quiet", "--series", number) == EXIT_OK
+        seen.append((out / "scan.json").read_bytes())
+    assert seen[0] != seen[1] == seen[2]
+
+
 def test_series_without_numbers_are_counted(slices, tmp_path):
     folder = study(tmp_path / "scan", slices, a=(3, "CT"), b=(3, "CT"))
     assert [case.name for case in find_cases([folder], tmp_path)[0]] == ["scan_1", "scan_2"]

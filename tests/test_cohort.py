@@ -24,7 +24,7 @@ from test_segment import rows_of, run
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
 from scoat_fast.errors import ScoatFastError
 from scoat_fast.imaging.volume import Turn
-from scoat_fast.segmentation import pipeline, stream
+from scoat_fast.segmentation import pipeline, reading, stream
 from scoat_fast.segmentation.inference import Segmenter
 from scoat_fast.segmentation.quality import assess
 from scoat_fast.segmentation.stream import Job
@@ -217,14 +217,14 @@ def test_memory_does_not_grow_with_the_cases(phantom, weights, tmp_path, monkeyp
 
 
 def break_reading(monkeypatch, name: str, error: BaseException) -> None:
-    read = pipeline.read_volume
+    read = reading.read_volume
 
     def broken(case):
         if case.name == name:
             raise error
         return read(case)
 
-    monkeypatch.setattr(pipeline, "read_volume", broken)
+    monkeypatch.setattr(reading, "read_volume", broken)
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("a bug"), OSError(5, "Input/output error")])
@@ -266,14 +266,14 @@ def test_a_stopped_run_ends_at_once_and_leaves_nothing_half_written(cohort, weig
 
 
 def test_a_file_that_changes_while_it_is_read_fails(ct, weights, tmp_path, monkeypatch, capsys):
-    read = pipeline.read_volume
+    read = reading.read_volume
 
     def slow(case):
         volume = read(case)
         os.utime(case.path, (5, 5))
         return volume
 
-    monkeypatch.setattr(pipeline, "read_volume", slow)
+    monkeypatch.setattr(reading, "read_volume", slow)
     assert run("segment", ct, "-o", tmp_path / "out", "--weights", weights) == EXIT_FAILED_CASES
     assert "was changed while it was read" in capsys.readouterr().err
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-from nibabel.nifti1 import Nifti1Header
 from tqdm import tqdm
 
 from .. import __version__
@@ -29,16 +28,13 @@ from ..errors import BadInputError, OutputError, ScoatFastError, one_line
 from ..imaging.dicom_seg import write_seg
 from ..imaging.files import make_folder, write_csv, write_text
 from ..imaging.grid import SQUARE_PIXELS
-from ..imaging.nifti import read_nifti
-from ..imaging.pictures import check_windowed, read_mask, read_picture
-from ..imaging.volume import Turn, check_hu, check_plane, mask_on_grid
-from ..imaging.window import Window
-from .cases import Case, find_cases, read_volume
-from .inference import Segmenter, as_hu
+from .cases import Case, find_cases
+from .inference import Segmenter
 from .ledger import finished, input_facts, network_digest, options_digest, stamp
 from .lungs import Lungs, find_lungs, given_lungs
 from .overlay import contact_sheet
 from .quality import assess
+from .reading import Windowed, lung_path, read_case
 from .results import CSV_COLUMNS, check_free, check_lists, has_stale, report_path, row_of, write_results
 from .statistics import check_min_mm3, measure, remove_small
 from .stream import Job
@@ -81,18 +77,6 @@ class Summary:
     @property
     def all_well(self) -> bool:
         return all(row["status"] == "ok" for row in self.rows)
-
-
-@dataclass
-class Read:
-    """What is known of a case beside its slices, for the writer. ``turn`` and ``header`` are None for a picture."""
-
-    case: Case
-    turn: Turn | None
-    header: Nifti1Header | None
-    lung: np.ndarray | None  # [slices, H, W]
-    warnings: list[str]
-    made_from: dict = field(default_factory=dict)
 
 
 def segment_files(
@@ -235,16 +219,16 @@ class _Run:
 
     def _load(self, case: Case) -> Job | dict:
         check_free(case, self.output)
-        lung = None if self.options.lung is None else _lung_path(case, self.options.lung)
+        lung = None if self.options.lung is None else lung_path(case, self.options.lung)
         paths = [case.path, *([] if lung is None else [lung])]
-        options = self._options_digest(lung is not None)
+        options = self._options_digest(case, lung is not None)
         if not self.options.redo:
             done = finished(report_path(case, self.output), paths, self._weights, options)
             if done is not None and not has_stale(case, self.output, done):
                 self._tell(done, "unchanged, ")
                 return row_of(done)
         made_from = {"input": input_facts(paths), "weights": self._weights, "options": options}
-        read, slices = (_read_picture if case.kind == "picture" else _read_volume)(case, lung)
+        read, slices = read_case(case, lung)
         if not stamp(paths).items() <= made_from["input"].items():
             raise BadInputError(case.path, "was changed while it was read")
         read.made_from = made_from
@@ -291,7 +275,7 @@ class _Run:
             "spacing_mm": None if turn is None else [round(mm, 6) for mm in turn.spacing],
             "made_from": job.about.made_from,
         }
-        greys = job.slices if job.windowed else _Windowed(job.slices, segmenter.window)
+        greys = job.slices if job.windowed else Windowed(job.slices, segmenter.window)
         sheet = contact_sheet(greys, mask, job.spacing, _title(report))
         found = {"mask": mask}
         if job.probabilities is not None:
@@ -323,11 +307,12 @@ class _Run:
             return given_lungs(job.about.lung, None if job.about.turn is None else job.slices)
         return Lungs() if job.about.turn is None else find_lungs(job.slices, mask, job.about.turn.spacing)
 
-    def _options_digest(self, has_lung: bool) -> str:
+    def _options_digest(self, case: Case, has_lung: bool) -> str:
         """Of what else the results of a case depend on."""
         return options_digest(
             {
                 "scoat_fast": __version__,
+                "series": case.series,
                 "threshold": self.segmenters[0].threshold(self.options.threshold),
                 "min_mm3": self.options.min_mm3,
                 "lung": has_lung,
@@ -389,53 +374,6 @@ def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, most: 
             yield futures.popleft().result()
     while futures:
         yield futures.popleft().result()
-
-
-class _Windowed:
-    """The grey values of slices in HU, made one by one when they are looked at."""
-
-    def __init__(self, slices: np.ndarray, window: Window):
-        self._slices, self._window = slices, window
-
-    def __len__(self) -> int:
-        return len(self._slices)
-
-    def __getitem__(self, k: int) -> np.ndarray:
-        return self._window.apply(self._slices[k].astype(np.float32))
-
-
-def _read_volume(case: Case, lung_path: Path | None) -> tuple[Read, np.ndarray]:
-    """The facts of a volume, and its slices in HU."""
-    volume = read_volume(case)
-    turn = Turn(volume.affine)
-    check_plane(case.path, turn)
-    lung = None
-    if lung_path is not None:  # a crop may lie within the lung
-        lung = turn.to_slices(mask_on_grid(volume, read_nifti(lung_path, labels=True), may_be_full=True))
-    slices = as_hu(turn.to_slices(volume.voxels))
-    warnings = volume.warnings + check_hu(case.path, slices)
-    return Read(case, turn, volume.header, lung, warnings), slices
-
-
-def _read_picture(case: Case, lung_path: Path | None) -> tuple[Read, np.ndarray]:
-    """The facts of a picture, and its grey values as one slice."""
-    grey = read_picture(case.path)
-    check_windowed(case.path, grey)
-    lung = None
-    if lung_path is not None:
-        lung = read_mask(lung_path)[None]
-        if lung.shape[1:] != grey.shape:
-            wanted = f"a lung mask of {grey.shape} is wanted, as the picture"
-            raise BadInputError(lung_path, f"{wanted}, got {lung.shape[1:]}")
-    return Read(case, None, None, lung, []), grey[None]
-
-
-def _lung_path(case: Case, lung: Path) -> Path | None:
-    """The lung mask of a case: the file that was given, or the one with the case's name in the folder."""
-    if not lung.is_dir():
-        return lung
-    suffixes = (".png",) if case.kind == "picture" else (".nii.gz", ".nii")
-    return next((path for suffix in suffixes if (path := lung / f"{case.name}{suffix}").exists()), None)
 
 
 def _title(report: dict) -> str:
