@@ -13,7 +13,7 @@ import torch
 from . import __version__, ops
 from .engine import runner
 from .errors import ScoatFastError
-from .imaging.files import make_folder, write_text
+from .files import make_folder, write_text
 from .info import version_of
 from .model import SCOATNet
 from .ops import _verdict, parity

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import OutputError, ScoatFastError
-from .imaging.files import write_atomically
+from .files import write_atomically
 from .model import SCOATNet
 
 BOUND = 1e-4  # of the largest logit: how far the file's answers may be from the network's

@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import WeightsError
-from .imaging.files import write_atomically
+from .files import write_atomically
 from .imaging.window import LUNG
 from .model import SCOATNet
 from .weights import shipped

@@ -16,8 +16,8 @@ from conftest import ASYMMETRIC
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from PIL import Image
 
-from scoat_fast import BadInputError, OutputError
-from scoat_fast.imaging import files, packing
+from scoat_fast import BadInputError, OutputError, files
+from scoat_fast.imaging import packing
 from scoat_fast.imaging.grid import from_square, to_square
 from scoat_fast.imaging.nifti import new_header, nifti_bytes, read_nifti
 from scoat_fast.imaging.pictures import read_mask, read_picture

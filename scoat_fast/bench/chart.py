@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import BadInputError, ScoatFastError
-from ..imaging.files import write_atomically
+from ..files import write_atomically
 
 COLOURS = {"compile": "#9a9a9a", "triton": "#3b76af", "cuda": "#5aa469", "cpu": "#3b76af"}
 DIRECTIONS = ("forward", "backward")

@@ -12,7 +12,7 @@ import torch
 import scoat_fast
 
 from ..doctor import machine_facts
-from ..imaging.files import write_text
+from ..files import write_text
 
 
 def facts(device: torch.device, commit: str = "") -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..clock import median_ms
 from ..errors import ScoatFastError
-from ..imaging.files import make_folder, write_text
+from ..files import make_folder, write_text
 from ..ops import _verdict
 from .layout import lay_out, step_dtype, view_of
 from .plan import Attend, Convolve, Plan, Step, writes

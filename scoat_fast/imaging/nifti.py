@@ -13,7 +13,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from ..errors import BadInputError
-from .files import is_file
+from ..files import is_file
 from .packing import DAMAGED, open_packed, pack
 from .volume import Volume, check_affine
 

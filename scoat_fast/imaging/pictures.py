@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import BadInputError
-from .files import is_file
+from ..files import is_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 BRIGHT, SEEN = 0.3, 0.002  # any lung window shows tissue brighter than this, on more than this share of a slice

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, one_line
-from ..imaging.files import make_folder
+from ..files import make_folder
 from ..imaging.nifti import read_nifti
 from ..imaging.volume import Turn
 from ..segmentation.cases import is_report

@@ -12,7 +12,7 @@ import jinja2
 from PIL import Image
 
 from ..errors import OutputError
-from ..imaging.files import write_text
+from ..files import write_text
 
 MARK = "<!-- a page of scoat_fast -->"  # in the first line of each: what has it may be replaced
 LABELS = {

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import BadInputError
+from ..files import is_file
 from ..imaging import archive, dicom, nifti, pictures
-from ..imaging.files import is_file
 from ..imaging.volume import Volume
 
 RESULT = re.compile(r"(.+)_(mask|overlay|probability|lungs|seg|attention_x\d\d)\.(nii\.gz|png|dcm)")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import BadInputError
-from ..imaging.files import is_file
+from ..files import is_file
 from ..model import SCOATNet
 
 CHUNK = 1 << 20

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, OutputError, ScoatFastError, one_line
+from ..files import make_folder, write_csv, write_text
 from ..imaging.dicom_seg import write_seg
-from ..imaging.files import make_folder, write_csv, write_text
 from ..imaging.grid import SQUARE_PIXELS
 from .cases import Case, find_cases
 from .inference import Segmenter

@@ -14,7 +14,7 @@ from nibabel.nifti1 import Nifti1Header
 from PIL import Image
 
 from ..errors import OutputError
-from ..imaging.files import StagedFiles, is_file
+from ..files import StagedFiles, is_file
 from ..imaging.nifti import nifti_bytes
 from ..model import ATTENTION_NODES
 from .cases import Case, is_report

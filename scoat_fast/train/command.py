@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ScoatFastError
-from ..imaging.files import make_folder, write_text
+from ..files import make_folder, write_text
 
 SMALLEST = 16  # the side of slices that are one pixel on the network's lowest level
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..imaging.files import write_atomically
+from ..files import write_atomically
 from ..imaging.grid import SQUARE_PIXELS
 from ..segmentation.inference import Segmenter
 from ..segmentation.overlay import contact_sheet

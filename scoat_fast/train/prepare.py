@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import BadInputError, ScoatFastError
-from ..imaging.files import StagedFiles, make_folder, write_csv
+from ..files import StagedFiles, make_folder, write_csv
 from ..imaging.nifti import SUFFIXES, read_nifti
 from ..imaging.volume import Turn, Volume, check_hu, check_plane, mask_on_grid
 from ..imaging.window import LUNG, Window

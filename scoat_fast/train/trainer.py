@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..errors import BadInputError, ScoatFastError, WeightsError
-from ..imaging.files import make_folder, write_atomically, write_csv, write_text
+from ..files import make_folder, write_atomically, write_csv, write_text
 from ..imaging.window import Window
 from ..model import SCOATNet
 from ..pretrained import Pretrained, load, save

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import OutputError
+from .errors import OutputError
 
 
 class StagedFiles:
