@@ -96,6 +96,13 @@ def report(args: argparse.Namespace) -> int:
     return EXIT_OK if write_report(args.results, args.output, args.paths, args.quiet) else EXIT_FAILED_CASES
 
 
+def followup(args: argparse.Namespace) -> int:
+    from .report.followup import write_followup
+
+    write_followup(args.cases, args.output)
+    return EXIT_OK
+
+
 def prepare(args: argparse.Namespace) -> int:
     from .imaging.window import Window
     from .train.prepare import Preparation
@@ -213,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_segment(commands)
     _add_report(commands)
+    _add_followup(commands)
     _add_prepare(commands)
     _add_train(commands)
     _add_validate(commands)
@@ -274,6 +282,18 @@ def _add_report(commands) -> None:
     command.add_argument("-o", "--output", type=_path, required=True, metavar="REPORT", help="folder for the pages")
     command.add_argument("--paths", action="store_true", help="show where the inputs lie, not only their names")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_followup(commands) -> None:
+    command = commands.add_parser(
+        "followup",
+        help="an HTML page of one patient over time",
+        description="Writes a page about results of the same patient: mL, shares and their change, axial and coronal "
+        "slices side by side; and the numbers as a table beside it. The scans are not registered.",
+    )
+    command.set_defaults(run=followup)
+    command.add_argument("cases", nargs="+", metavar="DATE=CASE.json", help="as 2026-01-31=results/scan.json")
+    command.add_argument("-o", "--output", type=_path, required=True, metavar="FILE.html", help="and FILE.csv")
 
 
 def _add_prepare(commands) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ASYMMETRIC
 from PIL import Image
 from test_segment import run
 
@@ -119,3 +123,61 @@ def test_numbers_as_people_read_them():
     assert number("ml", 12.345) == "12.3 mL" and number("share_of_lung", 0.1234) == "12.3 %"
     assert number("slices", 0) == "0" and number("hu_mean", None) == "\u2013" and number("new_thing", 1.25) == "1.2"
     assert rows_of({"new_thing": 3, "ml": 1.0, "mm3": 1000.0}) == [("Opacity", "1.0 mL"), ("new_thing", "3")]
+
+
+# Over time
+
+
+@pytest.fixture
+def visits(phantom, weights, tmp_path) -> Path:
+    """Three results of one patient, with less and less in them."""
+    inputs = tmp_path / "visits"
+    inputs.mkdir()
+    for k in range(3):
+        nib.save(nib.Nifti1Image(phantom[:, :, : 6 - k], ASYMMETRIC), inputs / f"v{k}.nii.gz")
+    options = ("--weights", weights, "--threshold", 0.2, "--quiet")
+    assert run("segment", inputs, "-o", tmp_path / "results", *options) == EXIT_OK
+    return tmp_path / "results"
+
+
+def test_followup_by_date(visits, tmp_path):
+    page = tmp_path / "page.html"
+    dates = {"2026-03-01": "v2", "2025-12-31": "v0", "2026-02-11": "v1"}
+    given = [f"{date}={visits / name}.json" for date, name in dates.items()]
+    assert run("followup", *given, "-o", page) == EXIT_OK
+    rows = list(csv.DictReader((tmp_path / "page.csv").open()))
+    assert [row["date"] for row in rows] == ["2025-12-31", "2026-02-11", "2026-03-01"]
+    ml = [json.loads((visits / f"v{k}.json").read_text())["statistics"]["ml"] for k in range(3)]
+    assert [float(row["ml"]) for row in rows] == pytest.approx(ml)
+    assert rows[0]["change_ml"] == "" and float(rows[1]["change_ml"]) == pytest.approx(ml[1] - ml[0])
+    assert float(rows[2]["change_percent"]) == pytest.approx(100 * (ml[2] - ml[1]) / ml[1])
+    shown = Page(page)
+    assert "not registered" in shown.text and f"{ml[1] - ml[0]:+.1f} mL" in shown.text
+    assert sum(address.startswith("data:") for address in shown.addresses) == 6
+    assert "script" not in shown.elements
+
+
+def test_followup_without_an_input_still_has_its_numbers(visits, tmp_path):
+    (tmp_path / "visits" / "v0.nii.gz").unlink()
+    time = (visits / "v1.json").stat().st_mtime + 100
+    os.utime(tmp_path / "visits" / "v1.nii.gz", (time, time))
+    given = [f"2026-0{k + 1}-01={visits / f'v{k}'}.json" for k in range(3)]
+    assert run("followup", *given, "-o", tmp_path / "page.html") == EXIT_OK
+    page = Page(tmp_path / "page.html")
+    assert "cannot be read: No such file" in page.text and "v1.nii.gz was changed since" in page.text
+    assert sum(address.startswith("data:") for address in page.addresses) == 2
+
+
+def test_followups_that_make_no_sense(visits, results, tmp_path, capsys):
+    first = f"2026-01-01={visits / 'v0.json'}"
+    for given, output, reason in (
+        ([first], "page.html", "two or more different dates"),
+        ([first, f"2026-01-01={visits / 'v1.json'}"], "page.html", "two or more different dates"),
+        ([first, f"1.2.2026={visits / 'v1.json'}"], "page.html", "a date as 2026-01-31"),
+        ([first, f"2026-02-01={visits / 'nothing.json'}"], "page.html", "a report that scoat-fast segment wrote"),
+        ([first, f"2026-02-01={results / 'p.json'}"], "page.html", "has no mL"),
+        ([first, f"2026-02-01={visits / 'v1.json'}"], "page.txt", "ends in .html"),
+    ):
+        assert run("followup", *given, "-o", tmp_path / output) == EXIT_USAGE
+        assert reason in capsys.readouterr().err
+    assert not list(tmp_path.glob("page*"))
