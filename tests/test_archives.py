@@ -12,15 +12,21 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
+from conftest import ASYMMETRIC
 from dicom_series import write_series
+from nibabel.orientations import apply_orientation, inv_ornt_aff
 from pydicom.dataset import Dataset
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+from test_imaging import ORIENTATIONS
 from test_segment import rows_of, run
 
 from scoat_fast import BadInputError
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK
 from scoat_fast.imaging import archive
 from scoat_fast.imaging.dicom import list_series, read_series
+from scoat_fast.imaging.itk import read_itk
+from scoat_fast.imaging.nifti import read_nifti
 from scoat_fast.segmentation.cases import Case, find_cases, read_volume
 
 
@@ -320,3 +326,41 @@ def test_segmentations_without_opacity_or_without_a_series(ct, slices, weights, 
     assert not (out / "ct_seg.dcm").exists()
     assert run("segment", folder, "-o", out, *options[:-2], "--quiet") == EXIT_OK
     assert not (out / "scan_seg.dcm").exists()
+
+
+# NRRD and MetaImage
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS[::11], ids=lambda o: "".join(f"{int(a)}{int(s):+d}" for a, s in o))
+def test_itk_volumes_lie_where_the_same_nifti_lies(phantom, tmp_path, suffix, orientation):
+    voxels = apply_orientation(phantom, orientation)
+    affine = ASYMMETRIC @ inv_ornt_aff(orientation, phantom.shape)
+    nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "a.nii")
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(tmp_path / "a.nii")), str(tmp_path / f"a{suffix}"))
+    found, expected = read_itk(tmp_path / f"a{suffix}"), read_nifti(tmp_path / "a.nii")
+    np.testing.assert_array_equal(found.voxels, expected.voxels)
+    assert found.voxels.dtype == np.int16
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
+
+
+def test_itk_volumes_are_segmented(ct, weights, tmp_path):
+    (tmp_path / "in").mkdir()
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(ct)), str(tmp_path / "in" / "scan.nrrd"))
+    (tmp_path / "in" / "bad.mha").write_text("ObjectType = Image\nNDims = 3\n")
+    (tmp_path / "in" / "text.nrrd").write_text("hello")
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(ct)), str(tmp_path / "apart.nhdr"))
+    shutil.copy(tmp_path / "apart.nhdr", tmp_path / "in" / "apart.nrrd")
+    SimpleITK.WriteImage(SimpleITK.ReadImage(str(ct)), str(tmp_path / "header.mhd"))
+    shutil.copy(tmp_path / "header.mhd", tmp_path / "in" / "header.mha")
+    SimpleITK.WriteImage(SimpleITK.Image(4, 5, SimpleITK.sitkInt16), str(tmp_path / "in" / "flat.nrrd"))
+    out = tmp_path / "out"
+    assert run("segment", tmp_path / "in", ct, "-o", out, "--weights", weights, "--quiet") == EXIT_FAILED_CASES
+    rows = {row["case"]: row for row in rows_of(out)}
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == {"scan", "ct"}
+    assert "one 3-D volume of numbers is wanted" in rows["flat"]["error"]
+    for name in ("apart", "header"):
+        assert "its voxels lie in another file" in rows[name]["error"]
+    masks = [nib.load(out / f"{name}_mask.nii.gz") for name in ("scan", "ct")]
+    assert np.array_equal(masks[0].dataobj, masks[1].dataobj)
+    np.testing.assert_allclose(masks[0].affine, masks[1].affine, atol=1e-4)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import BadInputError
 from ..files import is_file
-from ..imaging import archive, dicom, nifti, pictures
+from ..imaging import archive, dicom, itk, nifti, pictures
 from ..imaging.volume import Volume
 
 RESULT = re.compile(r"(.+)_(mask|overlay|probability|lungs|seg|attention_x\d\d)\.(nii\.gz|png|dcm)")
@@ -24,8 +24,8 @@ RESULT = re.compile(r"(.+)_(mask|overlay|probability|lungs|seg|attention_x\d\d)\
 class Case:
     """One volume or picture; ``name`` starts its results.
 
-    ``kind`` is "nifti", "dicom" (a folder; ``series`` is the UID of one of several in it), "zip" (with one scan in it)
-    or "picture".
+    ``kind`` is "nifti", "itk" (NRRD or MetaImage), "dicom" (a folder; ``series`` is the UID of one of several in it),
+    "zip" (with one scan in it) or "picture".
     """
 
     name: str
@@ -38,7 +38,9 @@ def read_volume(case: Case) -> Volume:
     """Reads a case that is no picture. Raises BadInputError."""
     if case.kind == "zip":
         return _read_archive(case.path)
-    return dicom.read_series(case.path, case.series) if case.kind == "dicom" else nifti.read_nifti(case.path)
+    if case.kind == "dicom":
+        return dicom.read_series(case.path, case.series)
+    return itk.read_itk(case.path) if case.kind == "itk" else nifti.read_nifti(case.path)
 
 
 def _read_archive(path: Path) -> Volume:
@@ -100,7 +102,7 @@ def _cases(given: Path, output: Path, errors: list[BadInputError], series: Seque
         raise BadInputError(given, "one DICOM file: give the folder of its series")
     if kind is None:
         raise BadInputError(
-            given, "neither NIfTI, nor DICOM, nor a zip of these, nor a PNG, JPEG, WebP or TIFF picture"
+            given, "neither NIfTI, NRRD, MetaImage or DICOM, nor a zip of these, nor a PNG, JPEG, WebP or TIFF picture"
         )
     return [Case(_stem(given, kind), kind, given)]
 
@@ -127,7 +129,7 @@ def _in_folder(folder: Path, output: Path, errors: list[BadInputError], wanted: 
             if kind == "dicom" and not series:
                 series = True
                 yield from _series_cases(here, wanted)
-            elif kind in ("nifti", "picture", "zip"):
+            elif kind in ("nifti", "itk", "picture", "zip"):
                 yield Case(_stem(here / name, kind), kind, here / name)
 
 
@@ -183,6 +185,8 @@ def _kind(path: Path) -> str | None:
         return "nifti"
     if path.suffix.lower() in pictures.SUFFIXES:
         return "picture"
+    if path.suffix.lower() in itk.SUFFIXES:
+        return "itk"
     if path.suffix.lower() == archive.SUFFIX:
         return "zip"
     return "dicom" if dicom.is_dicom(path) else None
