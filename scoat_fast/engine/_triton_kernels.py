@@ -14,55 +14,68 @@ import triton.language as tl
 @triton.jit
 def convolve(
     x0, x0_strides, x1, x1_strides, w, w_rows, shortcut_w, shortcut_rows, bias, shortcut_bias, unit, shortcut_unit,
-    out, out_strides, shortcut_out, shortcut_strides, sums, sums_strides, H, W,
+    out, out_strides, shortcut_out, shortcut_strides, pooled, pooled_strides, sums, sums_strides, H, W,
     TAPS: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, OUT: tl.constexpr,
     RELU: tl.constexpr, RESIDUAL: tl.constexpr, SHORTCUT_RELU: tl.constexpr, SHORTCUT: tl.constexpr,
-    BOXES: tl.constexpr, SWAP: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BOXES: tl.constexpr, SWAP: tl.constexpr, ROWS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = relu(conv(x0, x1) + bias [+ out]), and its sums; then shortcut_out = the 1x1 convolution of the same.
+
+    With two ROWS, a program computes two tiles, one below the other, and pooled takes the maxima of 2x2 pixels of out;
+    NaN stays NaN.
 
     Weights are [samples, TAPS, channels padded to BN, C0 + C1]; ``w_rows`` is the step from sample to sample in rows, 0
     where all share them. With BOXES, sources and weights are tensor descriptors, whose boxes are pixels of one row:
     what lies outside the image is read as zero, and goes to shared memory as it is. With SWAP channels are the rows of
     the product and pixels its columns, for rows too short to fill a tile of 64.
     """
-    n, block, tile = _share(_tiles(H, W, BP, BOXES), (OUT + BN - 1) // BN)
-    y, x, pixel, inside = _pixels(tile, H, W, BP, BOXES)
-    row = n * w_rows + block * BN
-    acc = _empty(BP, BN, SWAP)
-    acc = _add(acc, x0, x0_strides, C0, w, row, 0, n, y, x, inside, H, W, TAPS, C0 + C1, OUT, BP, BN, BK, BOXES, SWAP,
-               STAGES)  # fmt: skip
-    if C1 > 0:
-        acc = _add(acc, x1, x1_strides, C1, w, row, C0, n, y, x, inside, H, W, TAPS, C0 + C1, OUT, BP, BN, BK, BOXES,
-                   SWAP, STAGES)  # fmt: skip
+    n, block, tile = _share(_tiles(H, W, BP, BOXES, ROWS), (OUT + BN - 1) // BN)
+    y, x, pixel, inside = _pixels(tile, H, W, BP, BOXES, ROWS)
     channel = block * BN + tl.arange(0, BN)
     ok = inside[:, None] & (channel < OUT)[None, :]
-    places = _places(out, out_strides, n, pixel, channel)
-    value = _finished(acc, unit, bias, channel, OUT, SWAP)
-    if RESIDUAL == "before":
-        value += tl.load(places, mask=ok, other=0.0).to(tl.float32)
-    if RELU:
-        value = _relu(value)
-    if RESIDUAL == "after":
-        value += tl.load(places, mask=ok, other=0.0).to(tl.float32)
-    tl.store(places, value.to(out.dtype.element_ty), mask=ok)
-    if sums is not None:
-        to = sums + n.to(tl.int64) * sums_strides[0] + tile.to(tl.int64) * sums_strides[1] + channel
-        tl.store(to, tl.sum(tl.where(ok, value, 0.0), 0), mask=channel < OUT)
-    if SHORTCUT:
-        row = n * shortcut_rows + block * BN
+    total = tl.zeros([BN], tl.float32)
+    most = tl.zeros([BP, BN], tl.float32)
+    for r in tl.static_range(ROWS):
+        row = n * w_rows + block * BN
         acc = _empty(BP, BN, SWAP)
-        acc = _add(acc, x0, x0_strides, C0, shortcut_w, row, 0, n, y, x, inside, H, W, 1, C0 + C1, OUT, BP, BN, BK,
+        acc = _add(acc, x0, x0_strides, C0, w, row, 0, n, y, x, pixel, inside, H, W, TAPS, C0 + C1, OUT, BP, BN, BK,
                    BOXES, SWAP, STAGES)  # fmt: skip
         if C1 > 0:
-            acc = _add(acc, x1, x1_strides, C1, shortcut_w, row, C0, n, y, x, inside, H, W, 1, C0 + C1, OUT, BP, BN,
+            acc = _add(acc, x1, x1_strides, C1, w, row, C0, n, y, x, pixel, inside, H, W, TAPS, C0 + C1, OUT, BP, BN,
                        BK, BOXES, SWAP, STAGES)  # fmt: skip
-        value = _finished(acc, shortcut_unit, shortcut_bias, channel, OUT, SWAP)
-        if SHORTCUT_RELU:
+        places = _places(out, out_strides, n, pixel, channel)
+        value = _finished(acc, unit, bias, channel, OUT, SWAP)
+        if RESIDUAL == "before":
+            value += tl.load(places, mask=ok, other=0.0).to(tl.float32)
+        if RELU:
             value = _relu(value)
-        places = _places(shortcut_out, shortcut_strides, n, pixel, channel)
-        tl.store(places, value.to(shortcut_out.dtype.element_ty), mask=ok)
+        if RESIDUAL == "after":
+            value += tl.load(places, mask=ok, other=0.0).to(tl.float32)
+        tl.store(places, value.to(out.dtype.element_ty), mask=ok)
+        if sums is not None:
+            total += tl.sum(tl.where(ok, value, 0.0), 0)
+        if ROWS == 2:
+            most = value if r == 0 else tl.maximum(most, value, propagate_nan=tl.PropagateNan.ALL)
+        if SHORTCUT:
+            row = n * shortcut_rows + block * BN
+            acc = _empty(BP, BN, SWAP)
+            acc = _add(acc, x0, x0_strides, C0, shortcut_w, row, 0, n, y, x, pixel, inside, H, W, 1, C0 + C1, OUT, BP,
+                       BN, BK, BOXES, SWAP, STAGES)  # fmt: skip
+            if C1 > 0:
+                acc = _add(acc, x1, x1_strides, C1, shortcut_w, row, C0, n, y, x, pixel, inside, H, W, 1, C0 + C1, OUT,
+                           BP, BN, BK, BOXES, SWAP, STAGES)  # fmt: skip
+            value = _finished(acc, shortcut_unit, shortcut_bias, channel, OUT, SWAP)
+            if SHORTCUT_RELU:
+                value = _relu(value)
+            places = _places(shortcut_out, shortcut_strides, n, pixel, channel)
+            tl.store(places, value.to(shortcut_out.dtype.element_ty), mask=ok)
+        y, pixel = y + 1, pixel + W
+    if sums is not None:
+        to = sums + n.to(tl.int64) * sums_strides[0] + tile.to(tl.int64) * sums_strides[1] + channel
+        tl.store(to, total, mask=channel < OUT)
+    if ROWS == 2:
+        _pool(most, pooled, pooled_strides, n, y // 2 - 1, x, channel, W, OUT, BP, BN)
 
 
 @triton.jit
@@ -72,8 +85,8 @@ def attend(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """out [N, H, W] = sigmoid(psi_bias + sum over channels of psi * relu(W_x row + bias + up(below)))."""
-    n, _, tile = _share(_tiles(H, W, BP, BOXES), 1)
-    y, x, pixel, inside = _pixels(tile, H, W, BP, BOXES)
+    n, _, tile = _share(_tiles(H, W, BP, BOXES, 1), 1)
+    y, x, pixel, inside = _pixels(tile, H, W, BP, BOXES, 1)
     column = pixel % W
     r0, r1, r0_weight, r1_weight = _sources(pixel // W, H // 2, h_inverse)
     c0, c1, c0_weight, c1_weight = _sources(column, W // 2, w_inverse)
@@ -81,8 +94,8 @@ def attend(
     logit = tl.zeros([BP], tl.float32)
     for block in tl.static_range(0, (C + BN - 1) // BN):
         acc = _empty(BP, BN, False)
-        acc = _add(acc, row, row_strides, C, w, block * BN, 0, n, y, x, inside, H, W, 1, C, C, BP, BN, BK, BOXES, False,
-                   STAGES)  # fmt: skip
+        acc = _add(acc, row, row_strides, C, w, block * BN, 0, n, y, x, pixel, inside, H, W, 1, C, C, BP, BN, BK, BOXES,
+                   False, STAGES)  # fmt: skip
         channel = block * BN + tl.arange(0, BN)
         ok = inside[:, None] & (channel < C)[None, :]
         from_below = tl.zeros([BP, BN], tl.float32)
@@ -124,22 +137,6 @@ def head(
             tl.store(mask + place, found.to(tl.uint8), mask=inside)
         else:
             tl.store(logits + place, total, mask=inside)
-
-
-@triton.jit
-def pool(x, x_strides, out, out_strides, H, W, C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """The maxima of 2x2 pixels; out is [N, H, W, C]. NaN stays NaN."""
-    n, block, tile = _share(tl.cdiv(H * W, BP), (C + BC - 1) // BC)
-    pixel, inside = _flat(tile, H, W, BP)
-    channel = block * BC + tl.arange(0, BC)
-    ok = inside[:, None] & (channel < C)[None, :]
-    first = pixel // W * 4 * W + pixel % W * 2
-    most = tl.load(_places(x, x_strides, n, first, channel), mask=ok, other=0.0).to(tl.float32)
-    for k in tl.static_range(1, 4):
-        moved = first + k // 2 * 2 * W + k % 2
-        value = tl.load(_places(x, x_strides, n, moved, channel), mask=ok, other=0.0).to(tl.float32)
-        most = tl.maximum(most, value, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(_places(out, out_strides, n, pixel, channel), most.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -198,16 +195,16 @@ def _flat(tile, H, W, BP: tl.constexpr):
 
 
 @triton.jit
-def _tiles(H, W, BP: tl.constexpr, BOXES: tl.constexpr):
-    return H * tl.cdiv(W, BP) if BOXES else tl.cdiv(H * W, BP)
+def _tiles(H, W, BP: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr):
+    return H // ROWS * tl.cdiv(W, BP) if BOXES or ROWS == 2 else tl.cdiv(H * W, BP)
 
 
 @triton.jit
-def _pixels(tile, H, W, BP: tl.constexpr, BOXES: tl.constexpr):
-    """The row and first column of a tile's box, the pixels of the tile, and which of them exist."""
-    if BOXES:
+def _pixels(tile, H, W, BP: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr):
+    """The (first) row and first column of a tile, its pixels, and which of them exist. Without boxes, of any rows."""
+    if BOXES or ROWS == 2:
         across = tl.cdiv(W, BP)
-        y, x = tile // across, tile % across * BP
+        y, x = tile // across * ROWS, tile % across * BP
         column = x + tl.arange(0, BP)
         pixel, inside = y * W + column, column < W
     else:
@@ -217,13 +214,24 @@ def _pixels(tile, H, W, BP: tl.constexpr, BOXES: tl.constexpr):
 
 
 @triton.jit
+def _pool(most, pooled, pooled_strides, n, y, x, channel, W, OUT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+    """Stores the maxima of pairs of pixels, most [BP, BN], into row ``y``; widths are even."""
+    left, right = tl.split(tl.permute(tl.reshape(most, [BP // 2, 2, BN]), [0, 2, 1]))
+    most = tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+    column = x // 2 + tl.arange(0, BP // 2)
+    ok = (column < W // 2)[:, None] & (channel < OUT)[None, :]
+    places = _places(pooled, pooled_strides, n, y * (W // 2) + column, channel)
+    tl.store(places, most.to(pooled.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def _empty(BP: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr):
     return tl.zeros([BN, BP] if SWAP else [BP, BN], tl.float32)
 
 
 @triton.jit
 def _add(
-    acc, x, x_strides, C: tl.constexpr, w, row, FIRST: tl.constexpr, n, y, x0, inside, H, W, TAPS: tl.constexpr,
+    acc, x, x_strides, C: tl.constexpr, w, row, FIRST: tl.constexpr, n, y, x0, pixel, inside, H, W, TAPS: tl.constexpr,
     CIN: tl.constexpr, OUT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BOXES: tl.constexpr,
     SWAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +246,6 @@ def _add(
             right = w.load([row + tap * PADDED, FIRST + k])
             acc = _multiplied(acc, left, right, SWAP)
     else:
-        pixel, _ = _flat(y, H, W, BP)  # y is the tile
         ys, xs, channel = pixel // W, pixel % W, tl.arange(0, BN)
         start = x + n.to(tl.int64) * x_strides[0]
         TOTAL: tl.constexpr = BLOCKS * TAPS if C % BK == 0 else (TAPS * C + BK - 1) // BK

@@ -240,11 +240,9 @@ class _Builder:
 
     def sums(self, i: int, j: int) -> Slice | None:
         """Where the sums of a node that gets recalibrated lie."""
-        last = LEVELS - 1 - i
-        if i == 0 or j == last:
+        if i == 0 or j == LEVELS - 1 - i:
             return None
-        self.new(f"sums{i}", "sums", last * self.width[i], i)
-        return Slice(f"sums{i}", j * self.width[i], self.width[i])
+        return self.new(f"sums{i}_{j}", "sums", self.width[i], i)
 
     def block(
         self, i: int, j: int, sources: tuple[Slice, ...], scale: Slice | None = None, pooled: Slice | None = None
@@ -277,7 +275,7 @@ class _Builder:
             Convolve(i + 1, f"att{name}.W_y", 1, (below,), projected, relu=False),
             Attend(i, f"att{name}.W_x", f"att{name}.active", self.node(i, j - 1), projected, attention, self.paper),
             Gate(i, below, gated, attention, sums),
-            Excite(i, f"conv{name}.ca", (Slice(f"sums{i}", 0, row.channels), sums), scale),
+            Excite(i, f"conv{name}.ca", (*(self.sums(i, k) for k in range(j)), sums), scale),
         ]
         self.block(i, j, (row, gated), scale)
 

@@ -35,10 +35,11 @@ forced: str | None = None  # for tests: the family whose tiles are used
 
 @dataclass(frozen=True)
 class Tile:
-    """How a matrix product is cut: ``pixels`` x ``channels``, ``depth`` at a time."""
+    """How a matrix product is cut: ``pixels`` x ``channels``, ``depth`` at a time, and that ``rows`` times."""
 
     boxes: bool
     swap: bool
+    rows: int
     pixels: int
     channels: int
     depth: int
@@ -47,7 +48,9 @@ class Tile:
 
     def count(self, height: int, width: int) -> int:
         """Tiles of an image."""
-        return height * triton.cdiv(width, self.pixels) if self.boxes else triton.cdiv(height * width, self.pixels)
+        if self.boxes or self.rows == 2:
+            return height // self.rows * triton.cdiv(width, self.pixels)
+        return triton.cdiv(height * width, self.pixels)
 
     @property
     def constants(self) -> dict:
@@ -68,7 +71,7 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
     if isinstance(step, Gate):
         below = (1, step.out.channels, height // 2, width // 2)
         return pointwise.walk_tiles(below, dtype.itemsize, GATE_ROWS)
-    return _tile_for(step.sources, step.out.channels, width, device, dtype).count(height, width)
+    return _tile_of(step, width, device, dtype).count(height, width)
 
 
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
@@ -134,7 +137,7 @@ def launches(step: Step, weights: Weights, view: View, pixels: int) -> list[Laun
 def _convolve(step: Convolve, weights: Weights, view: View) -> list[Launch]:
     sources, out = [view(source) for source in step.sources], view(step.out)
     (n, height, width, channels), dtype = out.shape, sources[0].dtype
-    tile = _tile_for(step.sources, channels, width, out.device, dtype)
+    tile = _tile_of(step, width, out.device, dtype)
     found: list[Launch] = []
 
     def scaled(packed: tuple[Tensor, ...], scale: Tensor | None) -> tuple[Tensor, int]:
@@ -169,6 +172,8 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> list[Launch]:
         "unit": weights[step.weights][2],
         "out": out,
         "out_strides": out.stride(),
+        "pooled": None if step.pooled is None else view(step.pooled),
+        "pooled_strides": (0, 0, 0) if step.pooled is None else view(step.pooled).stride(),
         "sums": sums,
         "sums_strides": (0, 0, 1) if sums is None else sums.stride(),
         "H": height,
@@ -181,31 +186,20 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> list[Launch]:
         "RESIDUAL": step.residual,
         "SHORTCUT": shortcut is not None,
         "SWAP": tile.swap,
+        "ROWS": tile.rows,
         **more,
         "shortcut_w": _rows(more["shortcut_w"], tile),
         "shortcut_strides": more["shortcut_out"].stride(),
         **tile.constants,
     }
     grid = (n * tile.count(height, width) * triton.cdiv(channels, tile.channels),)
-    found.append(Launch(kernels.convolve, grid, arguments, tile.warps))
-    if step.pooled is not None:
-        found.append(_pool(out, view(step.pooled)))
-    return found
-
-
-def _pool(x: Tensor, out: Tensor) -> Launch:
-    n, height, width, channels = out.shape
-    block = _power(channels, 16, 64)
-    points = 2048 // block  # 16 numbers a thread
-    grid = (n * triton.cdiv(height * width, points) * triton.cdiv(channels, block),)
-    arguments = {"x": x, "x_strides": x.stride(), "out": out, "out_strides": out.stride(), "H": height, "W": width}
-    return Launch(kernels.pool, grid, arguments | {"C": channels, "BC": block, "BP": points})
+    return [*found, Launch(kernels.convolve, grid, arguments, tile.warps)]
 
 
 def _attend(step: Attend, weights: Weights, view: View) -> Launch:
     row, below, out = view(step.row), view(step.below), view(step.out)
     (n, height, width), channels = out.shape, row.shape[3]
-    tile = _tile_for([step.row], channels, width, row.device, row.dtype, swap=False)
+    tile = _tile_of(step, width, row.device, row.dtype)
     (psi, psi_bias), (weight, bias, unit) = weights[step.weights], weights[step.project]
     arguments = {
         **_operand("row", row, tile),
@@ -276,43 +270,39 @@ def tile_key(
     step: Convolve | Attend, width: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, tuple[int, int, int]]:
     """What the tile of a step may depend on, and what the table has for it: pixels, warps and stages."""
-    sources, swap = (step.sources, True) if isinstance(step, Convolve) else ([step.row], False)
-    out = step.out.channels if swap else step.row.channels
-    counts = [source.channels for source in sources]
-    return _key(counts, out, width, dtype, swap), _table_for(counts, out, device, dtype)[1]
+    counts, out = _product(step)
+    what = "attend" if isinstance(step, Attend) else "convolve and pool" if step.pooled else "convolve"
+    key = f"{what} {' + '.join(map(str, counts))} -> {out}, {width} wide, {str(dtype)[6:]}"
+    return key, TILES[_family(device) if _boxed(step, device, dtype) else "sm80"][_power(out, 16, 128)]
 
 
-def _tile_for(
-    sources: Sequence[Slice], out: int, width: int, device: torch.device, dtype: torch.dtype, swap: bool = True
-) -> Tile:
-    """The tile of a product of ``sources`` to ``out`` channels in rows of ``width`` pixels.
-
-    It depends on no batch size. ``swap`` says whether channels may be the rows of the product.
-    """
-    counts, channels = [source.channels for source in sources], _power(out, 16, 128)
-    boxed, table = _table_for(counts, out, device, dtype)
-    pixels, warps, stages = chosen.get().get(_key(counts, out, width, dtype, swap), table)
+def _tile_of(step: Convolve | Attend, width: int, device: torch.device, dtype: torch.dtype) -> Tile:
+    """The tile of a step in rows of ``width`` pixels. It depends on no batch size."""
+    counts, out = _product(step)
+    key, table = tile_key(step, width, device, dtype)
+    pixels, warps, stages = chosen.get().get(key, table)
+    channels, rows = _power(out, 16, 128), 2 if isinstance(step, Convolve) and step.pooled else 1
+    pixels //= rows  # a row waits in registers for the next
     least = _least_depth(dtype)
     depth = next((k for k in (64, 32, 16) if k >= least and all(count % k == 0 for count in counts)), least)
-    if not boxed:
-        return Tile(False, False, pixels, channels, min(depth, 32), warps, stages)
+    if not _boxed(step, device, dtype):
+        return Tile(False, False, rows, pixels, channels, min(depth, 32), warps, stages)
     pixels = _power(width, 16, pixels)
     depth = min(depth, 128 // dtype.itemsize)  # bytes of a row that shared memory is swizzled in
-    return Tile(True, swap and pixels < 64 <= channels, pixels, channels, depth, warps, stages)
+    swap = isinstance(step, Convolve) and pixels < 64 <= channels
+    return Tile(True, swap, rows, pixels, channels, depth, warps, stages)
 
 
-def _table_for(
-    counts: Sequence[int], out: int, device: torch.device, dtype: torch.dtype
-) -> tuple[bool, tuple[int, int, int]]:
-    """Whether a product reads boxes, and pixels, warps and stages of its tile."""
-    family = _family(device)
-    boxed = family != "sm80" and why_no_boxes([*counts, out], dtype) is None
-    return boxed, TILES[family if boxed else "sm80"][_power(out, 16, 128)]
+def _product(step: Convolve | Attend) -> tuple[list[int], int]:
+    """The channels of each source of a product, and those of its result."""
+    if isinstance(step, Attend):
+        return [step.row.channels], step.row.channels
+    return [source.channels for source in step.sources], step.out.channels
 
 
-def _key(counts: Sequence[int], out: int, width: int, dtype: torch.dtype, swap: bool) -> str:
-    what = "convolve" if swap else "attend"
-    return f"{what} {' + '.join(map(str, counts))} -> {out}, {width} wide, {str(dtype)[6:]}"
+def _boxed(step: Convolve | Attend, device: torch.device, dtype: torch.dtype) -> bool:
+    counts, out = _product(step)
+    return _family(device) != "sm80" and why_no_boxes([*counts, out], dtype) is None
 
 
 def _family(device: torch.device) -> str:
