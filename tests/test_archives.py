@@ -344,6 +344,73 @@ def test_itk_volumes_lie_where_the_same_nifti_lies(phantom, tmp_path, suffix, or
     np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_damaged_itk_volumes_are_refused(phantom, tmp_path, suffix, packed):
+    image = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(-1000, 300, (6, 36, 40)).astype(np.int16))
+    path = tmp_path / f"a{suffix}"
+    SimpleITK.WriteImage(image, str(path), useCompression=packed)
+    np.testing.assert_array_equal(read_itk(path).voxels, SimpleITK.GetArrayFromImage(image).transpose())
+    good = path.read_bytes()
+    for length in (10, 100, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:length])
+        with pytest.raises(BadInputError):
+            read_itk(path)
+    path.write_bytes(good + bytes(1000))
+    if not packed:
+        with pytest.raises(BadInputError, match="goes on after the voxels"):
+            read_itk(path)
+        return
+    start = len(good) - len(good) * 3 // 4
+    for place in (start, len(good) // 2, len(good) - 200, len(good) - 2):
+        damaged = bytearray(good)
+        damaged[place] ^= 16
+        path.write_bytes(damaged)
+        with pytest.raises(BadInputError, match=r"damaged|truncated"):
+            read_itk(path)
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), [
+    (b"type: short", b"type: block", "voxels are wanted that are numbers, got block"),
+    (b"dimension: 3", b"dimension: 4", "one 3-D volume is wanted"),
+    (b"sizes: 4 5 6", b"sizes: 4 5", "three sizes from 1 up"),
+    (b"sizes: 4 5 6", b"sizes: 99999 99999 99999", "declares .* GiB"),
+    (b"sizes: 4 5 6", b"sizes: 4 5 7", "truncated"),
+    (b"encoding: raw", b"encoding: bzip2", "raw or gzip encoding"),
+    (b"endian: little", b"endian: middle", "little or big endian"),
+    (b"space directions: (1,0,0)", b"space directions: (nan,0,0)", "space directions is missing or not 9 finite"),
+    (b"space directions: (1,0,0)", b"space directions: (0,0,0)", "singular"),
+    (b"space: left-posterior-superior", b"space: scanner-xyz", "a space of a patient"),
+    (b"NRRD0004", b"NRRX0004", "not an NRRD file"),
+])  # fmt: skip
+def test_nrrd_headers_that_say_too_little(tmp_path, old, new, reason):
+    SimpleITK.WriteImage(SimpleITK.Image(4, 5, 6, SimpleITK.sitkInt16), str(tmp_path / "a.nrrd"), useCompression=False)
+    data = (tmp_path / "a.nrrd").read_bytes()
+    assert old in data
+    (tmp_path / "a.nrrd").write_bytes(data.replace(old, new))
+    with pytest.raises(BadInputError, match=reason):
+        read_itk(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), [
+    (b"ElementType = MET_SHORT", b"ElementType = MET_STRING", "voxels are wanted that are numbers"),
+    (b"NDims = 3", b"NDims = 2", "one 3-D volume is wanted"),
+    (b"DimSize = 4 5 6", b"DimSize = 4 5 60000000", "declares .* GiB|truncated"),
+    (b"ElementSpacing = 1 1 1", b"ElementSpacing = 1 inf 1", "ElementSpacing is missing or not 3 finite"),
+    (b"TransformMatrix = 1 0 0 0 1 0 0 0 1", b"TransformMatrix = 1 0 0 1 0 0 0 0 1", "singular"),
+    (b"BinaryData = True", b"BinaryData = False", "BinaryData true is wanted"),
+    (b"ObjectType = Image", b"ObjectType = Tube", "ObjectType image is wanted"),
+    (b"ElementDataFile = LOCAL", b"ElementDataFile LOCAL", "not a MetaImage file"),
+])  # fmt: skip
+def test_metaimage_headers_that_say_too_little(tmp_path, old, new, reason):
+    SimpleITK.WriteImage(SimpleITK.Image(4, 5, 6, SimpleITK.sitkInt16), str(tmp_path / "a.mha"), useCompression=False)
+    data = (tmp_path / "a.mha").read_bytes()
+    assert old in data, data[:600]
+    (tmp_path / "a.mha").write_bytes(data.replace(old, new))
+    with pytest.raises(BadInputError, match=reason):
+        read_itk(tmp_path / "a.mha")
+
+
 def test_itk_volumes_are_segmented(ct, weights, tmp_path):
     (tmp_path / "in").mkdir()
     SimpleITK.WriteImage(SimpleITK.ReadImage(str(ct)), str(tmp_path / "in" / "scan.nrrd"))
@@ -358,7 +425,7 @@ def test_itk_volumes_are_segmented(ct, weights, tmp_path):
     assert run("segment", tmp_path / "in", ct, "-o", out, "--weights", weights, "--quiet") == EXIT_FAILED_CASES
     rows = {row["case"]: row for row in rows_of(out)}
     assert {name for name, row in rows.items() if row["status"] == "ok"} == {"scan", "ct"}
-    assert "one 3-D volume of numbers is wanted" in rows["flat"]["error"]
+    assert "one 3-D volume is wanted" in rows["flat"]["error"]
     for name in ("apart", "header"):
         assert "its voxels lie in another file" in rows[name]["error"]
     masks = [nib.load(out / f"{name}_mask.nii.gz") for name in ("scan", "ct")]
