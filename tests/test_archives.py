@@ -23,7 +23,7 @@ from test_segment import rows_of, run
 
 from scoat_fast import BadInputError
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK
-from scoat_fast.imaging import archive
+from scoat_fast.imaging import archive, dicom
 from scoat_fast.imaging.dicom import list_series, read_series
 from scoat_fast.imaging.itk import read_itk
 from scoat_fast.imaging.nifti import read_nifti
@@ -182,8 +182,8 @@ def test_compressed_slices(slices, tmp_path, syntax):
 # Archives
 
 
-def zipped(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+def zipped(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as target:
         for name, data in files.items():
             target.writestr(name, data)
     return path
@@ -222,6 +222,7 @@ def test_archives_that_mean_harm_are_refused(ct, weights, tmp_path, monkeypatch)
         "a picture": zipped(tmp_path / "picture.zip", {"a.png": b"x"}),
         "nothing": zipped(tmp_path / "nothing.zip", {"notes.txt": b"hello"}),
         "an archive": zipped(tmp_path / "nested.zip", {"a.zip": (tmp_path / "two.zip").read_bytes()}),
+        "packed by lzma": zipped(tmp_path / "lzma.zip", {"a.nii.gz": good}, zipfile.ZIP_LZMA),
         "a cut scan": zipped(tmp_path / "scan.zip", {"a.nii.gz": good[:200]}),
     }
     bad["no archive"] = tmp_path / "text.zip"
@@ -246,7 +247,7 @@ def test_archives_that_mean_harm_are_refused(ct, weights, tmp_path, monkeypatch)
         "parent": "leads out of it", "root": "leads out of it", "drive": "leads out of it", "bomb": "packs so well",
         "two": "got nifti, nifti", "picture": "got picture", "nothing": "got none", "nested": "got none",
         "scan": "truncated or damaged", "text": "a damaged archive", "cut": "a damaged archive", "link": "holds a link",
-        "crowded": "at most 30 files", "flipped": "damaged",
+        "crowded": "at most 30 files", "flipped": "damaged", "lzma": "stored or deflated",
     }.items():  # fmt: skip
         assert reason in rows[name]["error"], (name, rows[name]["error"])
     assert {path.name for path in tmp_path.iterdir()} - before == {"out"}
@@ -311,6 +312,32 @@ def test_a_segmentation_lies_where_its_mask_lies(slices, weights, tmp_path, orie
     before = (out / "scan_seg.dcm").read_bytes()
     assert run("segment", folder, "-o", out, *options, "--redo") == EXIT_OK
     assert (out / "scan_seg.dcm").read_bytes() == before
+
+
+def test_segmentations_of_slices_that_agree_within_the_tolerance_name_nobody(slices, weights, tmp_path, capfd):
+    def shake(k, slice):
+        slice.ImageOrientationPatient = [1, 0, 1e-5 * k, 0, 1, 0]
+        slice.PixelSpacing = [0.8 + 1e-5 * k, 0.9]
+        slice.PatientName = "Doe Jane Doe"  # highdicom finds that odd
+
+    folder, out = write_series(tmp_path / "scan", slices, change=shake), tmp_path / "out"
+    assert run("segment", folder, "-o", out, "--weights", weights, "--dicom-seg") == EXIT_OK
+    assert (out / "scan_seg.dcm").exists()
+    assert "Doe" not in "".join(capfd.readouterr())
+
+
+def test_a_series_reads_its_own_files_and_names_the_damaged(slices, tmp_path, monkeypatch):
+    folder = study(tmp_path / "scan", slices, a=(4, "CT"), b=(2, "CT"))
+    read, real = [], dicom._read
+    monkeypatch.setattr(dicom, "_read", lambda path, *rest: read.append(path.name) or real(path, *rest))
+    read_series(folder, list_series(folder)[0].uid)
+    assert len(read) == 6 and all(name.startswith("b_") for name in read)
+    monkeypatch.undo()
+    path = next(folder.glob("b_*"))
+    path.write_bytes(path.read_bytes()[:300])  # whose slice that was is not known any more
+    for series in list_series(folder):
+        with pytest.raises(BadInputError, match=path.name):
+            read_series(folder, series.uid)
 
 
 def test_segmentations_without_opacity_or_without_a_series(ct, slices, weights, tmp_path):

@@ -54,6 +54,8 @@ def _check(path: Path, members: list[zipfile.ZipInfo]) -> None:
             raise BadInputError(path, f"holds a link: {member.filename[:80]!r}")
         if member.flag_bits & 1:
             raise BadInputError(path, "is encrypted")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others inflate without a bound
+            raise BadInputError(path, f"stored or deflated files are wanted, got {member.filename[:80]!r}")
 
 
 def _extract(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, to: Path) -> None:

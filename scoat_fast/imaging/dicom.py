@@ -96,6 +96,15 @@ def list_series(folder: str | Path) -> list[Series]:
     return sorted(found.values(), key=lambda series: (series.number is None, series.number or 0, series.uid))
 
 
+def _may_be_of(path: Path, uid: str) -> bool:
+    """Whether an image belongs to a series, or does not say to which: one that is damaged may be a slice of it."""
+    try:
+        series = _series_of(path)
+    except BadInputError:
+        return True
+    return series is not None and series.uid in (uid, "")
+
+
 def _series_of(path: Path) -> Series | None:
     """The series of an image, None for what is none; from what stands before its pixels. Raises BadInputError."""
     with _damage_named(path), path.open("rb") as file:
@@ -132,7 +141,10 @@ def _read_series(folder: Path, uid: str | None) -> Volume:
     for path in sorted(set(there) - set(files)):
         if _suffix(path) in suffixes and _is_damaged_slice(path):
             raise BadInputError(path, "damaged: among slices with such names it should be one, and is not DICOM")
-    read = [slice for slice in map(_read, files) if uid is None or str(slice.get("SeriesInstanceUID", "")) == uid]
+    read = [_read(path) for path in files if uid is None or _may_be_of(path, uid)]
+    for slice in read if uid is not None else []:
+        if str(slice.get("SeriesInstanceUID", "")) != uid:  # its volume must not lack it quietly
+            raise BadInputError(slice.filename, "damaged: it does not say which of the folder's series it belongs to")
     slices = [frame for slice in read if _is_image(slice) and not _is_localizer(slice) for frame in _frames(slice)]
     if not slices:
         raise BadInputError(folder, "no DICOM file with an image")

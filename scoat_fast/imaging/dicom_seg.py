@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from .. import __version__
@@ -44,6 +47,12 @@ def write_seg(file: BinaryIO, folder: Path, uid: str | None, mask: np.ndarray, w
         from pydicom.sr.codedict import codes
     except ImportError as error:
         raise ScoatFastError("DICOM SEG needs highdicom: pip install 'scoat-fast[dicom]'") from error
+    logging.getLogger("highdicom").setLevel(logging.CRITICAL)  # what it finds odd may be the patient's name
+    with warnings.catch_warnings(action="ignore"):
+        _segmentation(hd, codes, folder, uid, mask, weights, seed).save_as(file, enforce_file_format=True)
+
+
+def _segmentation(hd, codes, folder: Path, uid: str | None, mask: np.ndarray, weights: str, seed: str) -> Dataset:
     sources = sorted_headers(folder, uid)
     if len(sources) != mask.shape[2]:
         raise BadInputError(folder, "a DICOM SEG is written for slices in files of their own, this is Enhanced CT")
@@ -54,13 +63,16 @@ def write_seg(file: BinaryIO, folder: Path, uid: str | None, mask: np.ndarray, w
         for name in FILED_BY:
             if name not in source:
                 setattr(source, name, "")
+        # the same within the reader's tolerance, and to the last digit for highdicom
+        source.ImageOrientationPatient = list(sources[0].ImageOrientationPatient)
+        source.PixelSpacing = list(sources[0].PixelSpacing)
         if "FrameOfReferenceUID" not in source:
             source.FrameOfReferenceUID = generate_uid(entropy_srcs=[str(source.SeriesInstanceUID), "frame"])
     segment = hd.seg.SegmentDescription(
         segment_number=1,
         segment_label="Lung opacity",
         segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
-        segmented_property_type=hd.sr.CodedConcept("50196008", "SCT", "Opacity"),
+        segmented_property_type=codes.DCM.Opacity,
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             name="scoat_fast",
@@ -99,4 +111,4 @@ def write_seg(file: BinaryIO, folder: Path, uid: str | None, mask: np.ndarray, w
             element.value = {"DA": date, "TM": time, "DT": f"{date}{time}"}[element.VR]
 
     segmentation.walk(settle)
-    segmentation.save_as(file, enforce_file_format=True)
+    return segmentation
