@@ -29,6 +29,7 @@ from .contenders import baseline_of
 from .machine import facts, save
 
 DICE = 0.995  # of the pipeline's masks with the loop's; they resize with other bits, and a GPU computes in bfloat16
+ENOUGH = 100  # cases of a round, to say how memory grows
 SAMPLED = 0.05  # seconds between two looks at the process's memory
 MIB = 1 << 20
 
@@ -54,7 +55,7 @@ def run(
         What the file holds: the machine, ``cases``, ``slices``, ``shape`` and the network's ``size``, and ``rows`` with
         ``name, slices_per_s, reason``; that of the cohort also has ``share_of_engine``, ``ratio_to_loop``,
         ``waited_for_reading`` and ``waited_for_writing`` (shares of the time that the engine stood still for),
-        ``peak_mib`` and ``mib_per_100_cases`` (how the memory grows) of the last round.
+        ``peak_mib`` and ``mib_per_100_cases`` (how the memory grows; null in rounds of fewer than a hundred) of the last round.
     """
     segmenter = Segmenter(weights, device)
     where = segmenter.stream.device
@@ -90,7 +91,7 @@ def run(
         "waited_for_reading": read / cohort.seconds,
         "waited_for_writing": written / cohort.seconds,
         "peak_mib": memory.peak / MIB,
-        "mib_per_100_cases": memory.growth / MIB * 100 / len(cases),
+        "mib_per_100_cases": memory.growth / MIB * 100 / len(cases) if len(cases) >= ENOUGH else None,
         "dice": dice,
         "reason": reason,
     }
@@ -128,10 +129,12 @@ def text(result: dict) -> str:
         lines.append(f"{row['name']:34}{number}")
     if cohort["reason"] is None:
         lines.append(f"{cohort['share_of_engine']:.0%} of the engine, {cohort['ratio_to_loop']:.2f} times the loop")
+    per_100 = cohort["mib_per_100_cases"]
+    growth = "" if per_100 is None else f", {per_100:+.2f} MiB in 100 cases"
     lines += [
         f"the engine stood still {cohort['waited_for_reading']:.1%} of the time for reading, "
         f"{cohort['waited_for_writing']:.1%} for writing",
-        f"memory: {cohort['peak_mib']:.0f} MiB at most, {cohort['mib_per_100_cases']:+.2f} MiB in 100 cases",
+        f"memory: {cohort['peak_mib']:.0f} MiB at most{growth}",
     ]
     return "\n".join(lines)
 
