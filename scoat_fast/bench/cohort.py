@@ -55,7 +55,8 @@ def run(
         What the file holds: the machine, ``cases``, ``slices``, ``shape`` and the network's ``size``, and ``rows`` with
         ``name, slices_per_s, reason``; that of the cohort also has ``share_of_engine``, ``ratio_to_loop``,
         ``waited_for_reading`` and ``waited_for_writing`` (shares of the time that the engine stood still for),
-        ``peak_mib`` and ``mib_per_100_cases`` (how the memory grows; null in rounds of fewer than a hundred) of the last round.
+        ``peak_mib`` and ``mib_per_100_cases`` of the last round (how the memory grows; null in rounds of fewer than
+        a hundred).
     """
     segmenter = Segmenter(weights, device)
     where = segmenter.stream.device
