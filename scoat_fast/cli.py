@@ -71,8 +71,6 @@ def segment(args: argparse.Namespace) -> int:
     from .segmentation.inference import Segmenter
     from .segmentation.pipeline import Options, segment_files
 
-    devices = [args.device] if args.devices is None else [f"cuda:{number}" for number in args.devices]
-    segmenters = [Segmenter(args.weights, device, args.batch_size) for device in devices]
     options = Options(
         threshold=args.threshold,
         min_mm3=args.min_mm3,
@@ -87,7 +85,20 @@ def segment(args: argparse.Namespace) -> int:
         part=args.part,
         parts=args.num_parts,
     )
-    return EXIT_OK if segment_files(args.inputs, args.output, segmenters, options).all_well else EXIT_FAILED_CASES
+    if args.engine == "local" and (args.workers or args.worker_cpus):
+        raise ValueError("--workers and --worker-cpus belong to --engine ray")
+    if args.engine == "ray":
+        if args.devices is not None:
+            raise ValueError("--devices belongs to --engine local; Ray gives each of --workers a GPU")
+        from .segmentation.on_ray import Workers, segment_files_on_ray
+
+        workers = Workers(args.workers, args.worker_cpus, args.device, args.batch_size)
+        summary = segment_files_on_ray(args.inputs, args.output, args.weights, options, workers)
+    else:
+        devices = [args.device] if args.devices is None else [f"cuda:{number}" for number in args.devices]
+        segmenters = [Segmenter(args.weights, device, args.batch_size) for device in devices]
+        summary = segment_files(args.inputs, args.output, segmenters, options)
+    return EXIT_OK if summary.all_well else EXIT_FAILED_CASES
 
 
 def report(args: argparse.Namespace) -> int:
@@ -265,6 +276,16 @@ def _add_segment(commands) -> None:
     command.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="slices at once, or auto")
     command.add_argument("--num-parts", type=_positive, default=1, metavar="N", help="of N machines, this one takes")
     command.add_argument("--part", type=_positive, default=1, metavar="K", help="the Kth share of the cases (from 1)")
+    command.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="ray: workers of a cluster (default: %(default)s)",
+    )
+    command.add_argument("--workers", type=_positive, metavar="N", help="of Ray (default: all it has room for)")
+    command.add_argument(
+        "--worker-cpus", type=float, metavar="C", help="of each, also 0.5 (default: 1 beside a GPU, else all)"
+    )
     command.add_argument("--redo", action="store_true", help="also what an earlier run has done from the same input")
     command.add_argument("--quiet", action="store_true", help="no progress bars, no summaries")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import threading
 import time
 import traceback
@@ -18,18 +17,18 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, OutputError, ScoatFastError, one_line
-from ..files import make_folder, write_csv, write_text
+from ..files import make_folder, write_csv
 from ..imaging.dicom_seg import write_seg
 from ..imaging.grid import SQUARE_PIXELS
 from .cases import Case, find_cases
 from .inference import Segmenter
+from .journal import Journal, OpenJournal
 from .ledger import finished, input_facts, network_digest, options_digest, stamp
 from .lungs import Lungs, find_lungs, given_lungs
 from .overlay import contact_sheet
@@ -95,7 +94,26 @@ def segment_files(
         ScoatFastError: for an option out of range.
     """
     segmenters = [segmenters] if isinstance(segmenters, Segmenter) else list(segmenters)
-    segmenters[0].threshold(options.threshold)
+
+    def work(cases: Sequence[Case], journal: Journal, summary: Summary) -> None:
+        Run(output, segmenters, options, journal, summary).run(cases)
+
+    return over_cases(inputs, output, segmenters[0], options, work)
+
+
+def over_cases(
+    inputs: Sequence[str | Path],
+    output: Path,
+    segmenter: Segmenter,
+    options: Options,
+    work: Callable[[Sequence[Case], Journal, Summary], None],
+) -> Summary:
+    """Has ``work`` done on every case of ``inputs``, and keeps the lists; see ``segment_files``.
+
+    Args:
+        work: fills in the summary as far as it comes.
+    """
+    segmenter.threshold(options.threshold)
     check_min_mm3(options.min_mm3)
     if not 1 <= options.part <= options.parts:
         raise ScoatFastError(f"a part from 1 to {options.parts} is wanted, got {options.part}")
@@ -106,33 +124,45 @@ def segment_files(
     table, failures = output / f"cases{share}.csv", output / f"failures{share}.jsonl"
     check_lists(table, failures)
     cases, errors = find_cases(inputs, output, options.series)
-    run = _Run(output, segmenters, options, failures)
+    journal, summary = OpenJournal(failures, options.quiet), Summary()
+    began = time.perf_counter()
     try:
         if options.part == 1:  # what is no case belongs to nobody's share
-            for error in errors:
-                run.fail("", str(error.path), error.reason, error)
-        run.run(cases[options.part - 1 :: options.parts])
+            summary.rows += [fail(journal, "", error.path, error.reason, error) for error in errors]
+        work(cases[options.part - 1 :: options.parts], journal, summary)
     finally:
-        write_csv(table, CSV_COLUMNS, run.summary.rows)
-    return run.summary
+        summary.seconds = time.perf_counter() - began
+        write_csv(table, CSV_COLUMNS, summary.rows)
+    return summary
 
 
-class _Run:
-    """One run over many cases. Everything but ``run`` may be called by any thread."""
+def fail(journal: Journal, name: str, path: Path, reason: str, error: Exception) -> dict:
+    """Notes a failure; its row of the table."""
+    failure = {"case": name, "input": str(path), "reason": reason, "kind": type(error).__name__}
+    journal.fail(failure, str(getattr(error, "path", path)))
+    return {"case": name, "input": str(path), "status": "failed", "error": reason}
 
-    def __init__(self, output: Path, segmenters: Sequence[Segmenter], options: Options, failures: Path):
+
+class Run:
+    """One run over many cases in this process. Everything but ``run`` may be called by any thread."""
+
+    def __init__(
+        self,
+        output: Path,
+        segmenters: Sequence[Segmenter],
+        options: Options,
+        journal: Journal,
+        summary: Summary,
+    ):
         self.output, self.segmenters, self.options = output, segmenters, options
-        self.summary = Summary()
-        self._failures, self._failed = failures, []
+        self.journal, self.summary = journal, summary
         self._lock, self._stop = threading.RLock(), threading.Event()
         self._weights = network_digest(segmenters[0].stream.net)
         self._bar = tqdm(unit="slice", leave=False, total=0, disable=True if options.quiet else None)
-        with contextlib.suppress(FileNotFoundError):
-            failures.unlink()  # of an earlier run
 
     def run(self, cases: Sequence[Case]) -> None:
         """Does all cases, and fills in the summary."""
-        began, rows = time.perf_counter(), {}
+        rows: dict[str, dict] = {}
         count = len(self.segmenters)
         readers, engines, writers = (ThreadPoolExecutor(count, name) for name in ("reader", "engine", "writer"))
         slots = threading.BoundedSemaphore(count)  # a case each may wait for a writer
@@ -149,22 +179,6 @@ class _Run:
                 pool.shutdown(cancel_futures=self._stop.is_set())
             self._bar.close()
             self.summary.rows += [rows[case.name] for case in cases if case.name in rows]
-            self.summary.seconds = time.perf_counter() - began
-
-    def fail(self, name: str, path: str, reason: str, error: Exception) -> dict:
-        """Notes a failure where people and programs look for it; its row of the table."""
-        row = {"case": name, "input": path, "status": "failed", "error": reason}
-        with self._lock:
-            if not name:
-                self.summary.rows.append(row)
-            self._failed.append({"case": name, "input": path, "reason": reason, "kind": type(error).__name__})
-            where = getattr(error, "path", path)
-            say(f"scoat-fast: {one_line(where)}: {reason}", sys.stderr)
-            try:
-                write_text(self._failures, "".join(json.dumps(failure) + "\n" for failure in self._failed))
-            except OutputError as full:  # the table has it as well, and the exit code
-                say(f"scoat-fast: {full}", sys.stderr)
-        return row
 
     def _answer(
         self,
@@ -210,12 +224,12 @@ class _Run:
         try:
             return step()
         except (BadInputError, OutputError) as error:
-            return self.fail(case.name, str(case.path), error.reason, error)
+            return fail(self.journal, case.name, case.path, error.reason, error)
         except ScoatFastError as error:
-            return self.fail(case.name, str(case.path), str(error), error)
+            return fail(self.journal, case.name, case.path, str(error), error)
         except Exception as error:  # one case must never cost the others; its traceback is not lost
-            traceback.print_exc()
-            return self.fail(case.name, str(case.path), f"unexpected {type(error).__name__}: {error}", error)
+            self.journal.complain(traceback.format_exc())
+            return fail(self.journal, case.name, case.path, f"unexpected {type(error).__name__}: {error}", error)
 
     def _load(self, case: Case) -> Job | dict:
         check_free(case, self.output)
@@ -324,15 +338,14 @@ class _Run:
         )
 
     def _tell(self, report: dict, how: str = "") -> None:
-        if not self.options.quiet:
-            name, numbers = one_line(report["case"]), report["statistics"]
-            amount = f"{numbers['voxels']} pixels of opacity"
-            if numbers["ml"] is not None:
-                amount = f"{numbers['ml']:.1f} mL of opacity in {numbers['slices']} slices"
-            status, shown = report["qc"]["status"], report["warnings"]
-            if status == "fail":
-                shown = report["qc"]["reasons"]
-            say(f"{name}: {how}{amount}, qc {status}" + "".join(f"\n  {reason}" for reason in shown), sys.stdout)
+        name, numbers = one_line(report["case"]), report["statistics"]
+        amount = f"{numbers['voxels']} pixels of opacity"
+        if numbers["ml"] is not None:
+            amount = f"{numbers['ml']:.1f} mL of opacity in {numbers['slices']} slices"
+        status, shown = report["qc"]["status"], report["warnings"]
+        if status == "fail":
+            shown = report["qc"]["reasons"]
+        self.journal.tell(f"{name}: {how}{amount}, qc {status}" + "".join(f"\n  {reason}" for reason in shown))
 
     def _progress(self, answered: int, more: int = 0) -> None:
         """Moves the bar; called between batches, and so where a run ends that is to stop."""
@@ -380,11 +393,3 @@ def _title(report: dict) -> str:
     numbers = report["statistics"]
     amount = f"{numbers['voxels']} pixels" if numbers["ml"] is None else f"{numbers['ml']:.1f} mL"
     return f"{one_line(report['case'])}: {amount} opacity. {NOTE}"
-
-
-def say(text: str, stream: TextIO) -> None:
-    """Prints a line, in the letters that the stream has. Nobody to read it is no reason to stop: files hold it all."""
-    encoding = stream.encoding or "utf-8"
-    with contextlib.suppress(OSError, ValueError):  # full, closed at the other end, or closed here
-        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
-        stream.flush()
