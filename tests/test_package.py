@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "report": {"errors", "files", "imaging", "segmentation"},
     "train": {"errors", "files", "imaging", "model", "pretrained", "segmentation"},
     "weights": set(),
+    "nnunet": set(),
     "info": {"weights"},
     "export": {"errors", "files", "model"},
     "doctor": {"engine", "errors", "files", "info", "model", "ops"},
@@ -125,3 +126,15 @@ def test_version_and_help(capsys):
 def test_modules_have_docstrings():
     for path in ROOT.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_container_gets_what_it_names():
+    """No engine builds images here: what can be checked without one."""
+    root = ROOT.parent
+    lines = (root / "Containerfile").read_text().replace("\\\n", "").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert all((root / name).exists() for name in copied)
+    let_through = {line[1:] for line in (root / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert let_through == set(copied)
+    extras = next(line for line in lines if "scoat_fast-*.whl" in line).partition("[")[2].partition("]")[0].split(",")
+    assert set(extras) <= set(metadata.metadata("scoat-fast").get_all("Provides-Extra"))
