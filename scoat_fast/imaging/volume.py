@@ -18,6 +18,7 @@ LEVELS = 8  # values that a phantom of some materials may have; a scan has more
 HIGHEST = 5000.0  # HU; even metal is cut off at 3071 by most scanners
 DENSE, MOSTLY = 700.0, 0.1  # HU, share of what is no air: only bone is denser, and less than this of a chest is bone
 PLANE_MM, RATIO = (0.05, 20.0), 10.0  # between pixels of a slice, and of the larger to the smaller
+APART_MM = 1000.0  # between slices, at most
 
 
 @dataclass
@@ -93,9 +94,12 @@ def check_affine(path: str | Path, affine: np.ndarray) -> None:
 def check_plane(path: str | Path, turn: Turn) -> None:
     """Raises BadInputError unless the pixels of a slice are of a size and shape that a scanner makes.
 
-    The network would see a chest squeezed to a line, and find nothing in it.
+    The network would see a chest squeezed to a line, and find nothing in it. Slices that lie further apart than a
+    patient is long would give millilitres without sense.
     """
-    rows, columns = turn.spacing[1:]
+    between, rows, columns = turn.spacing
+    if between > APART_MM:
+        raise BadInputError(path, f"slices at most {APART_MM:g} mm apart are wanted, got {between:.4g} mm")
     low, high = PLANE_MM
     if not low <= min(rows, columns) <= max(rows, columns) <= high or max(rows, columns) > RATIO * min(rows, columns):
         raise BadInputError(
