@@ -246,7 +246,7 @@ def _add_segment(commands) -> None:
     command = commands.add_parser(
         "segment",
         help="segment CT volumes and slices",
-        description="Segments NIfTI volumes, folders with DICOM series, zip archives of one of these, windowed PNG, "
+        description="Segments NIfTI volumes, folders with DICOM series, zip archives of these, windowed PNG, "
         "JPEG, WebP or TIFF slices (each a case), and folders of all that. Writes CASE_mask.nii.gz (or .png), "
         "CASE_overlay.png, CASE.json and cases.csv.",
         epilog=EXIT_CODES,

@@ -27,7 +27,7 @@ from scoat_fast.imaging import archive, dicom
 from scoat_fast.imaging.dicom import list_series, read_series
 from scoat_fast.imaging.itk import read_itk
 from scoat_fast.imaging.nifti import read_nifti
-from scoat_fast.segmentation.cases import Case, find_cases, read_volume
+from scoat_fast.segmentation.cases import HEAD, Case, find_cases, read_volume
 
 
 @pytest.fixture
@@ -205,6 +205,63 @@ def test_a_scan_in_an_archive(ct, slices, weights, tmp_path):
     assert (nib.load(tmp_path / "out" / "nifti_mask.nii.gz").affine == nib.load(ct).affine).all()
 
 
+def zipped_folder(path: Path, folder: Path, extra: dict[str, bytes] | None = None) -> Path:
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return zipped(path, files | (extra or {}))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["short headers", "a header longer than what is looked at"])
+def test_several_scans_in_an_archive(ct, slices, weights, tmp_path, late):
+    """Three series, two of them in one folder, and a NIfTI file: each is read as if it lay there by itself."""
+
+    def numbered(number: int):
+        def change(k, header):
+            header.SeriesNumber = number
+            if late:
+                header.add_new(0x00090010, "LO", "SOMEBODY")
+                header.add_new(0x00091001, "OB", bytes(2 * HEAD))
+
+        return change
+
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    write_series(scans / "a", slices, change=numbered(3))
+    for file in write_series(scans / "more", slices[::-1], change=numbered(5)).iterdir():
+        file.rename(scans / "a" / f"more_{file.name}")
+    (scans / "more").rmdir()
+    write_series(scans / "b", slices[1:], change=numbered(3))
+    path = zipped_folder(tmp_path / "study.zip", scans, {"c/ct.nii.gz": ct.read_bytes()})
+    found, errors = find_cases([path], out)
+    assert not errors and [case.name for case in found] == [f"study_{k}" for k in (1, 2, 3, 4)]
+    voxels = [read_volume(case).voxels for case in found]
+    np.testing.assert_array_equal(voxels[0], voxels[1][:, :, ::-1])
+    np.testing.assert_array_equal(voxels[2], voxels[0][:, :, 1:])
+    assert voxels[3].shape == nib.load(ct).shape
+    assert run("segment", path, "-o", out, "--weights", weights) == EXIT_OK
+    assert [row["case"] for row in rows_of(out)] == [case.name for case in found]
+    picked, _ = find_cases([path], out, ["5"])
+    np.testing.assert_array_equal(read_volume(picked[0]).voxels, voxels[1])
+    assert len(picked) == 2 and picked[1].series.endswith(".nii.gz")  # --series is about DICOM
+
+
+def test_one_series_is_picked_from_an_archive(slices, tmp_path):
+    for number in (3, 4):
+        folder = tmp_path / "scans" / str(number)
+        write_series(folder, slices[number - 3 :], change=lambda k, slice, n=number: setattr(slice, "SeriesNumber", n))
+    path = zipped_folder(tmp_path / "study.zip", tmp_path / "scans")
+    (case,), errors = find_cases([path], tmp_path / "out", ["4"])
+    assert case.name == "study" and not errors
+    assert read_volume(case).voxels.shape[2] == len(slices) - 1
+    found, (error,) = find_cases([path], tmp_path / "out", ["7"])
+    assert not found and str(error) == f"{path}: no such series in it"
+
+
+def test_a_picture_beside_scans_in_an_archive_is_not_passed_over(ct, tmp_path):
+    path = zipped(tmp_path / "a.zip", {"a.nii.gz": ct.read_bytes(), "b.nii.gz": ct.read_bytes(), "c.png": b"x"})
+    (case,), _ = find_cases([path], tmp_path / "out")
+    with pytest.raises(BadInputError, match="and nothing else, are wanted in an archive, got nifti, nifti, picture"):
+        read_volume(case)
+
+
 def link(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name)
     entry.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -218,7 +275,7 @@ def test_archives_that_mean_harm_are_refused(ct, weights, tmp_path, monkeypatch)
         "names a root": zipped(tmp_path / "root.zip", {"/tmp/evil.nii.gz": good}),
         "names a drive": zipped(tmp_path / "drive.zip", {"C:\\evil.nii.gz": good}),
         "is a bomb": zipped(tmp_path / "bomb.zip", {"bomb.nii": bytes(archive.SMALL + 1)}),
-        "two scans": zipped(tmp_path / "two.zip", {"a.nii.gz": good, "b.nii.gz": good}),
+        "a scan and a picture": zipped(tmp_path / "two.zip", {"a.nii.gz": good, "b.png": good}),
         "a picture": zipped(tmp_path / "picture.zip", {"a.png": b"x"}),
         "nothing": zipped(tmp_path / "nothing.zip", {"notes.txt": b"hello"}),
         "an archive": zipped(tmp_path / "nested.zip", {"a.zip": (tmp_path / "two.zip").read_bytes()}),
@@ -228,8 +285,8 @@ def test_archives_that_mean_harm_are_refused(ct, weights, tmp_path, monkeypatch)
     bad["no archive"] = tmp_path / "text.zip"
     bad["no archive"].write_text("hello")
     bad["cut"] = tmp_path / "cut.zip"
-    bad["cut"].write_bytes(bad["two scans"].read_bytes()[:-40])
-    flipped = bytearray(bad["two scans"].read_bytes())
+    bad["cut"].write_bytes(bad["a scan and a picture"].read_bytes()[:-40])
+    flipped = bytearray(bad["a scan and a picture"].read_bytes())
     flipped[200] ^= 255
     bad["flipped"] = tmp_path / "flipped.zip"
     bad["flipped"].write_bytes(flipped)
@@ -245,7 +302,7 @@ def test_archives_that_mean_harm_are_refused(ct, weights, tmp_path, monkeypatch)
     assert [name for name, row in rows.items() if row["status"] == "ok"] == ["ct"]
     for name, reason in {
         "parent": "leads out of it", "root": "leads out of it", "drive": "leads out of it", "bomb": "packs so well",
-        "two": "got nifti, nifti", "picture": "got picture", "nothing": "got none", "nested": "got none",
+        "two": "got nifti, picture", "picture": "got picture", "nothing": "got none", "nested": "got none",
         "scan": "truncated or damaged", "text": "a damaged archive", "cut": "a damaged archive", "link": "holds a link",
         "crowded": "at most 30 files", "flipped": "damaged", "lzma": "stored or deflated",
     }.items():  # fmt: skip

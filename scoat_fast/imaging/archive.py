@@ -14,8 +14,11 @@ MEMBERS, LARGEST, RATIO, SMALL = 20_000, 8 << 30, 200, 64 << 20  # files, bytes 
 CHUNK = 1 << 20
 
 
-def unpack(path: Path, folder: Path) -> None:
+def unpack(path: Path, folder: Path, most: int | None = None) -> None:
     """Unpacks an archive into an empty folder, under names of its own: a number, and the suffix that the file had.
+
+    Args:
+        most: bytes of each file, to look at their headers; all by default.
 
     Raises:
         BadInputError: for a damaged or encrypted archive, one with links, absolute names or names that climb out of
@@ -29,7 +32,7 @@ def unpack(path: Path, folder: Path) -> None:
             for k, member in enumerate(members):
                 here = folder / f"{folders[_parent(member)]:05}"
                 here.mkdir(exist_ok=True)
-                _extract(path, archive, member, here / f"{k:05}{_suffix(member)}")
+                _extract(path, archive, member, here / f"{k:05}{_suffix(member)}", most)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, BadInputError):
             raise
@@ -58,11 +61,11 @@ def _check(path: Path, members: list[zipfile.ZipInfo]) -> None:
             raise BadInputError(path, f"stored or deflated files are wanted, got {member.filename[:80]!r}")
 
 
-def _extract(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, to: Path) -> None:
-    """Writes a file, and no more of it than its entry declares."""
+def _extract(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, to: Path, most: int | None) -> None:
+    """Writes a file, and no more of it than its entry declares, nor than ``most``."""
     written = 0
     with archive.open(member) as packed, to.open("xb") as file:
-        while chunk := packed.read(CHUNK):
+        while (most is None or written < most) and (chunk := packed.read(min(CHUNK, most or CHUNK))):
             written += len(chunk)
             if written > member.file_size:
                 raise BadInputError(path, f"holds more than it declares: {member.filename[:80]!r}")

@@ -96,6 +96,14 @@ def list_series(folder: str | Path) -> list[Series]:
     return sorted(found.values(), key=lambda series: (series.number is None, series.number or 0, series.uid))
 
 
+def says_series(path: Path) -> bool:
+    """Whether what there is of a file tells to which series of images it belongs."""
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(BadInputError):
+        series = _series_of(path)
+        return series is not None and bool(series.uid)
+    return False
+
+
 def _may_be_of(path: Path, uid: str) -> bool:
     """Whether an image belongs to a series, or does not say to which: one that is damaged may be a slice of it."""
     try:

@@ -17,6 +17,8 @@ from ..files import is_file
 from ..imaging import archive, dicom, itk, nifti, pictures
 from ..imaging.volume import Volume
 
+HEAD = 1 << 14  # bytes of each file in an archive that are looked at, to tell the scans in it
+INSIDE = "#"  # between the place of a scan in an archive and its series
 RESULT = re.compile(r"(.+)_(mask|overlay|probability|lungs|seg|attention_x\d\d)\.(nii\.gz|png|dcm)")
 
 
@@ -25,7 +27,7 @@ class Case:
     """One volume or picture; ``name`` starts its results.
 
     ``kind`` is "nifti", "itk" (NRRD or MetaImage), "dicom" (a folder; ``series`` is the UID of one of several in it),
-    "zip" (with one scan in it) or "picture".
+    "zip" (``series`` tells one of several scans in it) or "picture".
     """
 
     name: str
@@ -37,29 +39,76 @@ class Case:
 def read_volume(case: Case) -> Volume:
     """Reads a case that is no picture. Raises BadInputError."""
     if case.kind == "zip":
-        return _read_archive(case.path)
+        return _read_archive(case.path, case.series)
     if case.kind == "dicom":
         return dicom.read_series(case.path, case.series)
     return itk.read_itk(case.path) if case.kind == "itk" else nifti.read_nifti(case.path)
 
 
-def _read_archive(path: Path) -> Volume:
-    """The one scan in an archive."""
+def _read_archive(path: Path, series: str | None) -> Volume:
+    """The scan in an archive that ``_archive_cases`` named, or its only one."""
     with tempfile.TemporaryDirectory(prefix="scoat_fast") as scratch:
         folder = Path(scratch)
         archive.unpack(path, folder)
-        errors: list[BadInputError] = []
-        cases = [case for case in _in_folder(folder, folder / "results", errors) if case.kind != "zip"]
-        if errors:
-            raise BadInputError(path, errors[0].reason)
-        if len(cases) != 1 or cases[0].kind == "picture":
-            found = ", ".join(sorted(case.kind for case in cases)) or "none"
-            raise BadInputError(path, f"one scan is wanted in an archive, got {found}: unpack it, and give its folder")
         try:
-            volume = read_volume(cases[0])
+            if series is None:
+                scan = _only_scan(path, folder)
+            else:
+                place, _, uid = series.partition(INSIDE)
+                there = folder / place
+                scan = Case("", "dicom" if there.is_dir() else _kind(there), there, uid or None)
+            volume = read_volume(scan)
         except BadInputError as error:
             raise BadInputError(path, error.reason) from error
         return replace(volume, path=path)
+
+
+def _only_scan(path: Path, folder: Path) -> Case:
+    errors: list[BadInputError] = []
+    cases = _unpacked(folder, errors)
+    if errors:
+        raise BadInputError(path, errors[0].reason)
+    if len(cases) != 1 or cases[0].kind == "picture":
+        found = ", ".join(sorted(case.kind for case in cases)) or "none"
+        raise BadInputError(path, f"scans, and nothing else, are wanted in an archive, got {found}: unpack it")
+    return cases[0]
+
+
+def _unpacked(folder: Path, errors: list[BadInputError], wanted: Sequence[str] = ()) -> list[Case]:
+    """The cases in what was an archive; archives in it are none."""
+    found = _in_folder(folder, folder / "results", errors, wanted, archives=False)
+    return sorted(found, key=lambda case: str(case.path))
+
+
+def _archive_cases(path: Path, wanted: Sequence[str] = ()) -> list[Case]:
+    """A case for each scan in an archive. For the archive as it is where there are not several, or where anything is
+    wrong: who reads it says what.
+    """
+    name = _stem(path, "zip")
+    for most in (HEAD, None):
+        errors: list[BadInputError] = []
+        with tempfile.TemporaryDirectory(prefix="scoat_fast") as scratch:
+            folder = Path(scratch)
+            try:
+                archive.unpack(path, folder, most)
+            except BadInputError:
+                return [Case(name, "zip", path)]
+            if most and not all(map(_says_enough, folder.glob("*/*"))):
+                continue  # a series must not be lost because its files say it late
+            scans = _unpacked(folder, errors, wanted)
+            places = [
+                str(case.path.relative_to(folder)) + INSIDE * bool(case.series) + (case.series or "") for case in scans
+            ]
+        if errors or any(case.kind == "picture" for case in scans) or (len(scans) < 2 and not wanted):
+            return [Case(name, "zip", path)]
+        if len(scans) == 1:
+            return [Case(name, "zip", path, places[0])]
+        return [Case(f"{name}_{k}", "zip", path, place) for k, place in enumerate(places, 1)]
+    raise AssertionError("unpacked in full, an archive says all it has to say")
+
+
+def _says_enough(head: Path) -> bool:
+    return head.stat().st_size < HEAD or not dicom.is_dicom(head) or dicom.says_series(head)
 
 
 def find_cases(
@@ -104,10 +153,17 @@ def _cases(given: Path, output: Path, errors: list[BadInputError], series: Seque
         raise BadInputError(
             given, "neither NIfTI, NRRD, MetaImage or DICOM, nor a zip of these, nor a PNG, JPEG, WebP or TIFF picture"
         )
+    if kind == "zip":
+        found = _archive_cases(given, series)
+        if not found:
+            raise BadInputError(given, "no such series in it")
+        return found
     return [Case(_stem(given, kind), kind, given)]
 
 
-def _in_folder(folder: Path, output: Path, errors: list[BadInputError], wanted: Sequence[str] = ()) -> Iterable[Case]:
+def _in_folder(
+    folder: Path, output: Path, errors: list[BadInputError], wanted: Sequence[str] = (), archives: bool = True
+) -> Iterable[Case]:
     """The cases below a folder; what cannot be read is added to ``errors``."""
 
     def note(error: OSError) -> None:
@@ -129,7 +185,9 @@ def _in_folder(folder: Path, output: Path, errors: list[BadInputError], wanted: 
             if kind == "dicom" and not series:
                 series = True
                 yield from _series_cases(here, wanted)
-            elif kind in ("nifti", "itk", "picture", "zip"):
+            elif kind == "zip" and archives:
+                yield from _archive_cases(here / name, wanted)
+            elif kind in ("nifti", "itk", "picture"):
                 yield Case(_stem(here / name, kind), kind, here / name)
 
 
