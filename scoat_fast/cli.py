@@ -85,7 +85,7 @@ def segment(args: argparse.Namespace) -> int:
         part=args.part,
         parts=args.num_parts,
     )
-    if args.engine == "local" and (args.workers or args.worker_cpus):
+    if args.engine == "local" and (args.workers, args.worker_cpus) != (None, None):
         raise ValueError("--workers and --worker-cpus belong to --engine ray")
     if args.engine == "ray":
         if args.devices is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import shutil
 import stat
@@ -148,6 +149,51 @@ def test_frames_are_slices(slices, weights, tmp_path):
     np.testing.assert_array_equal(volume.voxels, expected.voxels)
     np.testing.assert_allclose(volume.affine, expected.affine)
     assert run("segment", tmp_path / "e", "-o", tmp_path / "out", "--weights", weights, "--quiet") == EXIT_OK
+
+
+def with_scout(image) -> None:
+    """Adds a frame that is a localizer, and so no slice."""
+    scout = copy.deepcopy(image.PerFrameFunctionalGroupsSequence[0])
+    kind, plane = Dataset(), Dataset()
+    kind.FrameType = ["ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"]
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+    scout.CTImageFrameTypeSequence, scout.PlaneOrientationSequence = [kind], [plane]
+    image.PerFrameFunctionalGroupsSequence.insert(1, scout)
+    size = len(image.PixelData) // image.NumberOfFrames
+    image.PixelData = image.PixelData[:size] + bytes(size) + image.PixelData[size:]
+    image.NumberOfFrames += 1
+
+
+def test_a_file_with_all_slices_is_a_case_and_has_a_segmentation(slices, weights, tmp_path):
+    """Also where its frames are out of order, lie beside a localizer, and lack what they need not have."""
+
+    def change(image):
+        with_scout(image)
+        measures = image.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+        del image.SharedFunctionalGroupsSequence
+        for frame in image.PerFrameFunctionalGroupsSequence:
+            frame.PixelMeasuresSequence = measures
+            if "PlaneOrientationSequence" not in frame:
+                frame.PlaneOrientationSequence = [Dataset()]
+                frame.PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+
+    folder = enhanced(tmp_path / "e", slices, [(1, -1024)] * 6, change)
+    expected = read_series(write_series(tmp_path / "s", slices))
+    np.testing.assert_array_equal(read_series(folder).voxels, expected.voxels)
+    out, options = tmp_path / "out", ("--weights", weights, "--threshold", 0.2, "--dicom-seg", "--quiet")
+    assert run("segment", folder / "enhanced.dcm", folder, "-o", out, *options) == EXIT_OK
+    mask = nib.load(out / "enhanced_mask.nii.gz")
+    indices = np.argwhere(np.asarray(mask.dataobj))
+    assert 0 < len(indices) < np.prod(mask.shape)
+    for name in ("enhanced", "e"):
+        seg = pydicom.dcmread(out / f"{name}_seg.dcm")
+        assert seg.NumberOfFrames == 6 and seg.PatientName == "Doe^Jane"
+        assert places_in_seg(seg) == {tuple(np.array(p) + 0.0) for p in millimetres(indices, mask.affine)}
+        sources = [
+            frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber
+            for frame in seg.PerFrameFunctionalGroupsSequence
+        ]
+        assert sorted(sources) == [1, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -400,13 +446,17 @@ def test_a_series_reads_its_own_files_and_names_the_damaged(slices, tmp_path, mo
 def test_segmentations_without_opacity_or_without_a_series(ct, slices, weights, tmp_path):
     folder, out = write_series(tmp_path / "scan", slices), tmp_path / "out"
     many = enhanced(tmp_path / "many", slices, [(1, -1024)] * 6)
+    half = pydicom.dcmread(many / "enhanced.dcm")
+    for group in half.PerFrameFunctionalGroupsSequence:
+        group.PlanePositionSequence[0].ImagePositionPatient[2] += 15
+    half.save_as(many / "upper_half.dcm")
     options = ("--weights", weights, "--threshold", 0.9999, "--dicom-seg", "--quiet")
     assert run("segment", folder, ct, many, "-o", out, *options) == EXIT_FAILED_CASES
     seg = pydicom.dcmread(out / "scan_seg.dcm")
     assert seg.NumberOfFrames == 6 and not seg.pixel_array.any()
     rows = {row["case"]: row for row in rows_of(out)}
-    assert "no DICOM SEG: the input is no folder with a DICOM series" in rows["ct"]["warnings"]
-    assert "files of their own, this is Enhanced CT" in rows["many"]["error"]
+    assert "no DICOM SEG: the input is no DICOM series" in rows["ct"]["warnings"]
+    assert "names one Enhanced CT file as its source, here are 2" in rows["many"]["error"]
     assert not (out / "ct_seg.dcm").exists()
     assert run("segment", folder, "-o", out, *options[:-2], "--quiet") == EXIT_OK
     assert not (out / "scan_seg.dcm").exists()

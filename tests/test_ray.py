@@ -121,6 +121,8 @@ def test_no_worker_waits_for_room_that_no_machine_has(cluster, scans, weights, t
         (["--engine", "ray", "--device", "cuda:1"], "workers want device auto, cpu or cuda"),
         (["--engine", "ray", "--worker-cpus", 1.5], "whole CPUs or a fraction"),
         (["--engine", "ray", "--worker-cpus", 0], "whole CPUs or a fraction"),
+        (["--engine", "ray", "--worker-cpus", "nan"], "whole CPUs or a fraction"),
+        (["--worker-cpus", 0], "belong to --engine ray"),
         (["--engine", "ray", "--devices", "0,1"], "--devices belongs to --engine local"),
         (["--workers", 2], "belong to --engine ray"),
     ):

@@ -1,4 +1,4 @@
-"""A folder with one DICOM CT series."""
+"""A DICOM CT series: a folder with its slices, or one file with all of them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ USED = (
     "RescaleSlope", "RescaleIntercept",
 )  # fmt: skip
 SERIES_NUMBER = 0x00200011  # the last tag that tells series apart
+NUMBER_OF_FRAMES = 0x00280008
 # of an Enhanced CT image: what holds for all frames, and what each has in its functional groups or shares
 FRAME_KEEPS = (
     "SeriesInstanceUID", "ImageType", "Modality", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"
@@ -36,6 +37,7 @@ FRAME_PARTS = {
     "PlanePositionSequence": ("ImagePositionPatient",),
     "PlaneOrientationSequence": ("ImageOrientationPatient",),
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
+    "CTImageFrameTypeSequence": ("FrameType",),
 }
 EVEN = 0.02  # share of the spacing by which gaps between slices may differ
 TILT = 1.0  # degrees between the slices' normal and the way from one to the next
@@ -70,6 +72,13 @@ def _is_damaged_slice(path: Path) -> bool:
         return False
     start = _start(path)
     return not start or not all(byte >= 32 or byte in b"\t\n\r" for byte in start)
+
+
+def has_frames(path: Path) -> bool:
+    """Whether a DICOM file holds several slices, and so may be a series by itself. Raises BadInputError."""
+    with warnings.catch_warnings(action="ignore"), _damage_named(path), path.open("rb") as file:
+        header = read_partial(file, lambda tag, *_: tag > NUMBER_OF_FRAMES, force=_start(path)[128:] != b"DICM")
+        return int(header.get("NumberOfFrames", None) or 1) > 1
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,10 @@ def read_series(folder: str | Path, uid: str | None = None) -> Volume:
     """The CT series in ``folder``: HU through each slice's own slope and intercept.
 
     Slices are sorted by their position along their normal. Uneven gaps and a tilted gantry are warned about. Slices are
-    files of their own, or frames of one (Enhanced CT).
+    files of their own, or frames of one (Enhanced CT). Localizers are passed over.
 
     Args:
+        folder: with the series; or the one file that holds all its slices.
         uid: of the series, where the folder holds several.
 
     Raises:
@@ -143,7 +153,7 @@ def read_series(folder: str | Path, uid: str | None = None) -> Volume:
 
 def _read_series(folder: Path, uid: str | None) -> Volume:
     # a link to a slice that is gone is read, too, and its error names it: the volume would lack that slice quietly
-    there = sorted(path for path in folder.iterdir() if path.is_file() or (path.is_symlink() and not path.exists()))
+    there = [path for path in _within(folder) if path.is_file() or (path.is_symlink() and not path.exists())]
     files = [path for path in there if is_dicom(path)]
     suffixes = {_suffix(path) for path in files}
     for path in sorted(set(there) - set(files)):
@@ -153,7 +163,7 @@ def _read_series(folder: Path, uid: str | None) -> Volume:
     for slice in read if uid is not None else []:
         if str(slice.get("SeriesInstanceUID", "")) != uid:  # its volume must not lack it quietly
             raise BadInputError(slice.filename, "damaged: it does not say which of the folder's series it belongs to")
-    slices = [frame for slice in read if _is_image(slice) and not _is_localizer(slice) for frame in _frames(slice)]
+    slices = [frame for slice in read if _is_image(slice) for frame in _frames(slice) if not _is_localizer(frame)]
     if not slices:
         raise BadInputError(folder, "no DICOM file with an image")
     series = {str(slice.get("SeriesInstanceUID", "")) for slice in slices}
@@ -187,17 +197,28 @@ def _read_series(folder: Path, uid: str | None) -> Volume:
     return Volume(folder, voxels, affine, new_header(affine, voxels.shape), doubts)
 
 
-def sorted_headers(folder: Path, uid: str | None = None) -> list[pydicom.FileDataset]:
-    """The slices of a series that ``read_series`` can read, in its order, without pixels. Raises BadInputError."""
+def sorted_headers(folder: Path, uid: str | None = None) -> tuple[list[pydicom.FileDataset], list[pydicom.Dataset]]:
+    """What lies before the pixels of a series that ``read_series`` can read: of its files, and of its slices in its
+    order. The files are in that order, too, where each is a slice. Raises BadInputError.
+    """
+    files, slices = [], []
     with warnings.catch_warnings(action="ignore"):
-        slices = []
-        for path in sorted(Path(folder).iterdir()):
+        for path in _within(Path(folder)):
             if path.is_file() and is_dicom(path):
-                slice = _read(path, with_pixels=False)
-                ours = uid is None or str(slice.get("SeriesInstanceUID", "")) == uid
-                if ours and _names_image(slice) and not _is_localizer(slice):
-                    slices.append(slice)
-        return slices if any("PerFrameFunctionalGroupsSequence" in slice for slice in slices) else _sorted(slices)[0]
+                file = _read(path, with_pixels=False)
+                ours = uid is None or str(file.get("SeriesInstanceUID", "")) == uid
+                frames = _frames(file, with_pixels=False) if ours and _names_image(file) else []
+                frames = [frame for frame in frames if not _is_localizer(frame)]
+                if frames:
+                    files.append(file)
+                    slices += frames
+        slices = _sorted(slices)[0]
+    return (files if any(isinstance(slice, _Frame) for slice in slices) else slices), slices
+
+
+def _within(folder: Path) -> list[Path]:
+    """What lies in a folder; of a file, the file."""
+    return sorted(folder.iterdir()) if folder.is_dir() else [folder]
 
 
 def _sorted(slices: list[pydicom.Dataset]) -> tuple[list[pydicom.Dataset], np.ndarray, np.ndarray]:
@@ -208,7 +229,7 @@ def _sorted(slices: list[pydicom.Dataset]) -> tuple[list[pydicom.Dataset], np.nd
     return [slices[i] for i in order], positions[order], normal
 
 
-def _frames(slice: pydicom.FileDataset) -> list[pydicom.Dataset]:
+def _frames(slice: pydicom.FileDataset, with_pixels: bool = True) -> list[pydicom.Dataset]:
     """The frames of an Enhanced CT image as slices, each with its own place, slope and intercept; or the one slice."""
     if "PerFrameFunctionalGroupsSequence" not in slice:
         return [slice]
@@ -219,7 +240,7 @@ def _frames(slice: pydicom.FileDataset) -> list[pydicom.Dataset]:
             raise BadInputError(
                 slice.filename, f"{count} frames are wanted, as it declares, got groups for {len(groups)}"
             )
-        pixels = _stored(slice).reshape(-1, slice.Rows, slice.Columns)
+        pixels = _stored(slice).reshape(-1, slice.Rows, slice.Columns) if with_pixels else [None] * count
         if len(pixels) != count:
             raise BadInputError(slice.filename, f"{count} frames are wanted, as it declares, got {len(pixels)}")
         frames = []
@@ -242,7 +263,7 @@ class _Frame(pydicom.Dataset):
     """A frame as if it were a file, with the values that are ``stored`` for its pixels."""
 
     filename: str
-    stored: np.ndarray
+    stored: np.ndarray | None
 
 
 def _read(path: Path, with_pixels: bool = True) -> pydicom.FileDataset:
@@ -285,8 +306,9 @@ def _names_image(slice: pydicom.Dataset) -> bool:
     return kind not in UID_dictionary or "Image Storage" in kind.name
 
 
-def _is_localizer(slice: pydicom.FileDataset) -> bool:
-    return "LOCALIZER" in [str(value).upper() for value in slice.get("ImageType", None) or []]
+def _is_localizer(slice: pydicom.Dataset) -> bool:
+    kinds = [kind for name in ("ImageType", "FrameType") for kind in slice.get(name, None) or []]
+    return "LOCALIZER" in [str(kind).upper() for kind in kinds]
 
 
 def _check(slice: pydicom.FileDataset) -> None:

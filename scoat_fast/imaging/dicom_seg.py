@@ -40,7 +40,7 @@ def write_seg(file: BinaryIO, folder: Path, uid: str | None, mask: np.ndarray, w
         seed: what the mask was made from.
 
     Raises:
-        BadInputError: if the series is one file with many frames. ScoatFastError: without highdicom.
+        BadInputError: if the series is several files with many frames each. ScoatFastError: without highdicom.
     """
     try:
         import highdicom as hd
@@ -53,21 +53,28 @@ def write_seg(file: BinaryIO, folder: Path, uid: str | None, mask: np.ndarray, w
 
 
 def _segmentation(hd, codes, folder: Path, uid: str | None, mask: np.ndarray, weights: str, seed: str) -> Dataset:
-    sources = sorted_headers(folder, uid)
-    if len(sources) != mask.shape[2]:
-        raise BadInputError(folder, "a DICOM SEG is written for slices in files of their own, this is Enhanced CT")
-    places = [np.asarray(source.ImagePositionPatient, float) for source in sources[:2]]
+    sources, slices = sorted_headers(folder, uid)
+    if len(slices) > len(sources) > 1:
+        raise BadInputError(folder, f"a DICOM SEG names one Enhanced CT file as its source, here are {len(sources)}")
+    first, positions = slices[0], None
+    places = [np.asarray(slice.ImagePositionPatient, float) for slice in slices[:2]]
+    thickness = float(first.get("SliceThickness") or 0) or float(np.linalg.norm(places[-1] - places[0])) or 1.0
+    # what is the same for all slices within the reader's tolerance, and has to be to the last digit for highdicom
+    orientation, spacing = list(first.ImageOrientationPatient), list(first.PixelSpacing)
     for source in sources:
-        if not source.get("SliceThickness"):
-            source.SliceThickness = float(np.linalg.norm(places[-1] - places[0])) or 1.0
         for name in FILED_BY:
             if name not in source:
                 setattr(source, name, "")
-        # the same within the reader's tolerance, and to the last digit for highdicom
-        source.ImageOrientationPatient = list(sources[0].ImageOrientationPatient)
-        source.PixelSpacing = list(sources[0].PixelSpacing)
         if "FrameOfReferenceUID" not in source:
             source.FrameOfReferenceUID = generate_uid(entropy_srcs=[str(source.SeriesInstanceUID), "frame"])
+        if "PerFrameFunctionalGroupsSequence" not in source:
+            source.ImageOrientationPatient, source.PixelSpacing, source.SliceThickness = orientation, spacing, thickness
+        else:
+            shared = (source.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+            shared.PlaneOrientationSequence = hd.PlaneOrientationSequence("PATIENT", orientation)
+            shared.PixelMeasuresSequence = hd.PixelMeasuresSequence(spacing, thickness)
+            source.SharedFunctionalGroupsSequence = [shared]
+            positions = [hd.PlanePositionSequence("PATIENT", slice.ImagePositionPatient) for slice in slices]
     segment = hd.seg.SegmentDescription(
         segment_number=1,
         segment_label="Lung opacity",
@@ -86,6 +93,7 @@ def _segmentation(hd, codes, folder: Path, uid: str | None, mask: np.ndarray, we
     segmentation = hd.seg.Segmentation(
         source_images=sources,
         pixel_array=np.ascontiguousarray(mask.transpose(2, 1, 0).astype(np.uint8)),
+        plane_positions=positions,  # of frames, in an order of their own
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[segment],
         series_instance_uid=generate_uid(entropy_srcs=[str(sources[0].SeriesInstanceUID), seed, "series"]),

@@ -26,8 +26,8 @@ RESULT = re.compile(r"(.+)_(mask|overlay|probability|lungs|seg|attention_x\d\d)\
 class Case:
     """One volume or picture; ``name`` starts its results.
 
-    ``kind`` is "nifti", "itk" (NRRD or MetaImage), "dicom" (a folder; ``series`` is the UID of one of several in it),
-    "zip" (``series`` tells one of several scans in it) or "picture".
+    ``kind`` is "nifti", "itk" (NRRD or MetaImage), "dicom" (a folder, or one file with all slices; ``series`` is the
+    UID of one of several in a folder), "zip" (``series`` tells one of several scans in it) or "picture".
     """
 
     name: str
@@ -147,8 +147,8 @@ def _cases(given: Path, output: Path, errors: list[BadInputError], series: Seque
     if not is_file(given):
         raise BadInputError(given, "a file or a folder is wanted, this is neither")
     kind = _kind(given)
-    if kind == "dicom":
-        raise BadInputError(given, "one DICOM file: give the folder of its series")
+    if kind == "dicom" and not dicom.has_frames(given):
+        raise BadInputError(given, "one DICOM file with one slice: give the folder of its series")
     if kind is None:
         raise BadInputError(
             given, "neither NIfTI, NRRD, MetaImage or DICOM, nor a zip of these, nor a PNG, JPEG, WebP or TIFF picture"
@@ -251,7 +251,10 @@ def _kind(path: Path) -> str | None:
 
 
 def _stem(path: Path, kind: str) -> str:
-    return _real(path).name if kind == "dicom" else nifti.stem(path)
+    if kind == "dicom":
+        real = _real(path)
+        return real.stem if real.suffix.lower() in dicom.SUFFIXES and not real.is_dir() else real.name
+    return nifti.stem(path)
 
 
 def _tell_apart(cases: list[Case]) -> list[Case]:

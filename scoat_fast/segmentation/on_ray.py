@@ -189,7 +189,7 @@ def _room(workers: Workers) -> tuple[int, dict]:
     has_gpu = any(machine.get("GPU") for machine in machines)
     gpus = int(has_gpu) if workers.device == "auto" else int(workers.device == "cuda")
     cpus = workers.cpus if workers.cpus is not None else 1 if gpus else os.cpu_count()
-    if cpus <= 0 or (cpus > 1 and cpus % 1):
+    if not cpus > 0 or (cpus > 1 and cpus % 1):
         raise ScoatFastError(f"a worker takes whole CPUs or a fraction of one, got {cpus:g}")
     room = sum(int(min(has.get("CPU", 0) / cpus, has.get("GPU", 0) if gpus else math.inf)) for has in machines)
     wanted = max(room, 1) if workers.count is None else workers.count

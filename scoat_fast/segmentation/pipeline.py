@@ -249,7 +249,7 @@ class Run:
         if self.options.lung is not None and lung is None:
             read.warnings.append("no lung mask for this case")
         if self.options.dicom_seg and case.kind != "dicom":
-            read.warnings.append("no DICOM SEG: the input is no folder with a DICOM series")
+            read.warnings.append("no DICOM SEG: the input is no DICOM series")
         if read.turn is None and self.options.min_mm3:
             read.warnings.append("a picture has no pixel size: small regions were kept")
         return Job(
