@@ -429,6 +429,44 @@ def test_segmentations_of_slices_that_agree_within_the_tolerance_name_nobody(sli
     assert "Doe" not in "".join(capfd.readouterr())
 
 
+LACKS = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "Modality",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "PatientID",
+)
+
+
+@pytest.mark.parametrize("lacks", LACKS)
+def test_a_segmentation_of_a_series_that_lacks_something(slices, weights, tmp_path, lacks):
+    """What refers to nothing is refused; what the file says elsewhere, or what may stay open, is no hindrance."""
+
+    def forget(k, slice):
+        delattr(slice, lacks)
+
+    out = tmp_path / "out"
+    code = run("segment", write_series(tmp_path / "scan", slices, change=forget), "-o", out, "--weights", weights,
+               "--dicom-seg", "--quiet")  # fmt: skip
+    if lacks in ("StudyInstanceUID", "SeriesInstanceUID"):
+        assert code == EXIT_FAILED_CASES
+        assert f"{lacks} is missing, by which a DICOM SEG would be filed" in rows_of(out)[0]["error"]
+    else:
+        assert code == EXIT_OK
+        seg = pydicom.dcmread(out / "scan_seg.dcm")
+        named = {item.ReferencedSOPInstanceUID for item in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+        files = [pydicom.dcmread(path) for path in (tmp_path / "scan").iterdir()]
+        assert named == {file.file_meta.MediaStorageSOPInstanceUID for file in files}
+
+
+def test_a_segmentation_of_the_example(tmp_path):
+    folder = Path(__file__).parents[1] / "examples" / "dicom"
+    assert run("segment", folder, "-o", tmp_path, "--dicom-seg", "--quiet") == EXIT_OK
+    assert pydicom.dcmread(tmp_path / "dicom_seg.dcm").NumberOfFrames == 2
+
+
 def test_a_series_reads_its_own_files_and_names_the_damaged(slices, tmp_path, monkeypatch):
     folder = study(tmp_path / "scan", slices, a=(4, "CT"), b=(2, "CT"))
     read, real = [], dicom._read

@@ -16,6 +16,7 @@ from ..errors import BadInputError, ScoatFastError
 from .dicom import sorted_headers
 
 SERIES_NUMBER = 9001  # far from those of a scanner
+NAMES = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")  # of a source, and of its study
 # what a Segmentation takes over from its sources, and what these may lack where a series was made anonymous
 FILED_BY = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime",
@@ -40,7 +41,8 @@ def write_seg(file: BinaryIO, folder: Path, uid: str | None, mask: np.ndarray, w
         seed: what the mask was made from.
 
     Raises:
-        BadInputError: if the series is several files with many frames each. ScoatFastError: without highdicom.
+        BadInputError: if the series is several files with many frames each, or has no UIDs.
+        ScoatFastError: without highdicom.
     """
     try:
         import highdicom as hd
@@ -62,6 +64,12 @@ def _segmentation(hd, codes, folder: Path, uid: str | None, mask: np.ndarray, we
     # what is the same for all slices within the reader's tolerance, and has to be to the last digit for highdicom
     orientation, spacing = list(first.ImageOrientationPatient), list(first.PixelSpacing)
     for source in sources:
+        for name in NAMES:
+            value = source.get(name) or source.file_meta.get(f"MediaStorage{name}")
+            if not value:
+                raise BadInputError(source.filename, f"{name} is missing, by which a DICOM SEG would be filed")
+            setattr(source, name, value)
+        source.Modality = source.get("Modality") or "CT"
         for name in FILED_BY:
             if name not in source:
                 setattr(source, name, "")
