@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import __version__
 
+LOSSES = ("mae", "iou", "bce", "dice", "focal", "bce-dice", "bce-dice-literal")
 EXIT_OK, EXIT_USAGE, EXIT_FAILED_CASES, EXIT_INTERRUPTED = 0, 2, 3, 130
 EXIT_CODES = """exit codes: 0 all went well; 2 the command itself could not run (its options, the weights, the output
 folder); 3 some cases failed, the others are done; 130 interrupted"""
@@ -511,6 +512,12 @@ def _add_train(commands) -> None:
         "--equations", choices=("published", "paper"), default="published", help="default: %(default)s"
     )
     command.add_argument("--one-head", action="store_true", help="no deep supervision")
+    command.add_argument(
+        "--loss", choices=LOSSES, default="bce-dice", help="of the paper's table I (default: %(default)s)"
+    )
+    command.add_argument(
+        "--supervise", choices=("mean", "last"), default="mean", help="the loss on all heads, or on the last alone"
+    )
     who = command.add_mutually_exclusive_group()
     who.add_argument("--validate", type=_names, default=(), metavar="P,...", help="patients to validate on")
     who.add_argument("--fold", type=_fold, metavar="K/N", help="validate on the K-th of N parts of the patients")

@@ -32,7 +32,7 @@ from scoat_fast.train.augment import augment
 from scoat_fast.train.config import Stage, default_recipe, paper_recipe
 from scoat_fast.train.data import COLUMNS, fold_patients, load, of_patients, read_index, split
 from scoat_fast.train.evaluate import evaluate, table
-from scoat_fast.train.losses import dice_loss, hybrid_loss
+from scoat_fast.train.losses import LOSSES, hybrid_loss, supervised
 
 PATIENTS = ("p1", "p1", "p2", "p2", "p3", "")
 
@@ -161,52 +161,98 @@ def test_augmentation_moves_image_and_mask_alike():
 # Loss and schedule
 
 
-def test_hybrid_loss_is_equation_7():
-    logits, target = torch.randn(3, 1, 7, 5, dtype=torch.float64), (torch.rand(3, 1, 7, 5) > 0.6).double()
-    p = 1 / (1 + (-logits).exp())
-    cross_entropy = -(target * p.log() + (1 - target) * (1 - p).log()).mean()
-    dice = 2 * (target * p).sum() / (target.square().sum() + p.square().sum())
-    expected = cross_entropy + 0.5 * (1 - dice)
-    assert hybrid_loss(logits, target).item() == pytest.approx(expected.item(), abs=1e-6)
-    heads = [logits, logits * 2]
-    mean = (hybrid_loss(logits, target) + hybrid_loss(logits * 2, target)) / 2
-    assert hybrid_loss(heads, target).item() == pytest.approx(mean.item())
+def by_definition(name: str, z: np.ndarray, y: np.ndarray) -> float:
+    """Each loss in float64 as its paper writes it."""
+    p = 1 / (1 + np.exp(-z))
+    bce = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
+    dice = 1 - 2 * np.sum(y * p) / (np.sum(y**2) + np.sum(p**2))
+    literal = -np.mean(y * np.log(p) + (1 - y) * np.log(1 / (1 + np.exp(-(1 - z)))))
+    right, balance = np.where(y == 1, p, 1 - p), np.where(y == 1, 0.25, 0.75)
+    return {
+        "mae": np.mean(np.abs(p - y)),
+        "iou": 1 - np.sum(y * p) / np.sum(y + p - y * p),
+        "bce": bce,
+        "dice": dice,
+        "focal": np.mean(-balance * (1 - right) ** 2 * np.log(right)),
+        "bce-dice": bce + 0.5 * dice,
+        "bce-dice-literal": literal + 0.5 * dice,
+    }[name]
 
 
-def test_loss_has_gradients_where_nothing_is_to_be_found():
-    logits = torch.zeros(2, 1, 8, 8, requires_grad=True)
-    loss = hybrid_loss(logits, torch.zeros(2, 1, 8, 8))
+@pytest.fixture
+def logits():
+    return torch.randn(4, 1, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3
+
+
+@pytest.fixture
+def target():
+    return (torch.rand(4, 1, 7, 5, generator=torch.Generator().manual_seed(2)) > 0.6).double()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_their_definitions(name, logits, target):
+    loss, expected = LOSSES[name], by_definition(name, logits.numpy(), target.numpy())
+    assert loss(logits, target).item() == pytest.approx(expected, abs=1e-7)
+    assert loss(logits.float(), target.byte()).item() == pytest.approx(expected, rel=1e-5)
+    half = loss(logits.bfloat16(), target)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(expected, rel=3e-2)
+    assert torch.autograd.gradcheck(lambda z: loss(z, target), logits.requires_grad_())
+
+
+def test_losses_are_those_of_monai(logits, target):
+    from monai.losses import DiceLoss, FocalLoss
+
+    tiny = {"sigmoid": True, "batch": True, "smooth_nr": 1e-6, "smooth_dr": 1e-6}
+    same = {
+        "dice": DiceLoss(squared_pred=True, **tiny),
+        "iou": DiceLoss(jaccard=True, **tiny),
+        "focal": FocalLoss(gamma=2.0, alpha=0.25),
+    }
+    for name, theirs in same.items():
+        assert LOSSES[name](logits, target).item() == pytest.approx(theirs(logits, target).item(), abs=1e-6)
+
+
+def test_the_literal_equation_puts_an_even_pixel_off_the_middle():
+    z = torch.linspace(-3, 3, 601, dtype=torch.float64)
+    for name, optimum in (("bce-dice", 0.0), ("bce-dice-literal", 0.5)):
+        loss = partial(LOSSES[name], alpha=0.0)
+        even = [loss(torch.stack([at, at]), torch.tensor([0.0, 1.0])).item() for at in z]
+        assert z[int(np.argmin(even))].item() == pytest.approx(optimum, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_have_gradients_where_nothing_is_to_be_found(name):
+    logits = torch.full((2, 1, 8, 8), 0.1, requires_grad=True)
+    loss = LOSSES[name](logits, torch.zeros(2, 1, 8, 8))
     loss.backward()
     assert loss.isfinite()
     assert (logits.grad > 0).all()
 
 
-def test_dice_of_a_batch_in_parts_is_that_of_the_whole():
-    logits, target = torch.randn(4, 1, 8, 8), (torch.rand(4, 1, 8, 8) > 0.5).float()
-    sums = []
-    for part in (slice(0, 2), slice(2, 4)):
-        dice_loss(logits[part], target[part], lambda s: sums.append(s) or s)
-    assert dice_loss(logits[:2], target[:2], lambda s: sum(sums)).item() == pytest.approx(
-        dice_loss(logits, target).item(), abs=1e-6
-    )
+def test_supervision_of_heads(logits, target):
+    heads = [logits, logits * 2, logits - 1]
+    each = [hybrid_loss(head, target).item() for head in heads]
+    wanted = {"mean": sum(each) / 3, "last": each[2], "1": each[0], "2": each[1], "3": each[2]}
+    assert {on: supervised(hybrid_loss, heads, target, on).item() for on in wanted} == pytest.approx(wanted)
+    assert supervised(hybrid_loss, logits, target, "mean").item() == each[0]
+    with pytest.raises(ValueError, match="on head 4, the network has 3"):
+        supervised(hybrid_loss, heads, target, "4")
 
 
-def test_gradients_of_a_batch_in_parts_are_those_of_the_whole():
-    """As each process sees it: its own part, the sums of both, and the mean of the gradients in the end."""
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_a_batch_in_parts_are_those_of_the_whole(name, logits, target):
+    """As each process sees it: its own part, the sums of both, and the mean of losses and gradients in the end."""
     from scoat_fast.train.trainer import Trainer
 
-    logits, target = torch.randn(4, 1, 8, 8, requires_grad=True), (torch.rand(4, 1, 8, 8) > 0.5).float()
-    whole = dice_loss(logits, target)
+    loss, parts, sums = LOSSES[name], (slice(0, 2), slice(2, 4)), []
+    whole = loss(logits.requires_grad_(), target)
     wanted = torch.autograd.grad(whole, logits)[0]
-    sums = []
-    for part in (slice(0, 2), slice(2, 4)):
-        dice_loss(logits[part], target[part], lambda s: sums.append(s.detach()) or s)
+    for part in parts:
+        loss(logits[part], target[part], lambda own: sums.append(own.detach()) or own)
     fabric = SimpleNamespace(world_size=2, all_reduce=lambda own, reduce_op: sum(sums))
-    losses = [
-        dice_loss(logits[part], target[part], partial(Trainer._sum_over_processes, SimpleNamespace(fabric=fabric)))
-        for part in (slice(0, 2), slice(2, 4))
-    ]
-    torch.testing.assert_close(losses[0], whole)
+    reduce = partial(Trainer._sum_over_processes, SimpleNamespace(fabric=fabric))
+    losses = [loss(logits[part], target[part], reduce) for part in parts]
+    torch.testing.assert_close(sum(losses) / 2, whole)
     torch.testing.assert_close(torch.autograd.grad(sum(losses) / 2, logits)[0], wanted)
 
 

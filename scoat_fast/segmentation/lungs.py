@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..imaging.regions import regions
+
 RIGHT, LEFT = 1, 2
 PIXEL_MM = 2.0  # of the grid that this works on
 AIR = -400.0  # HU: half-way between lung and soft tissue
@@ -89,8 +91,8 @@ def _inside(hu: np.ndarray, pixel: tuple[float, float]) -> np.ndarray:
     body = cc3d.largest_k(tissue.astype(np.uint8), k=1, connectivity=6) > 0
     outside = np.zeros_like(body)
     for k, image in enumerate(body):
-        around = np.pad(~image, 1, constant_values=True).astype(np.uint8)  # air on all sides is one
-        outside[k] = (cc3d.connected_components(around, connectivity=4) == 1)[1:-1, 1:-1]
+        around = np.pad(~image, 1, constant_values=True)  # air on all sides is one
+        outside[k] = (regions(around, 4)[0] == 1)[1:-1, 1:-1]
     return ~outside
 
 
@@ -98,7 +100,7 @@ def _without_airways(air: np.ndarray, hu: np.ndarray, pixel: tuple[float, float]
     """Air that is lung: neither small dark holes of slices, nor what is dark as a whole, nor scattered pieces."""
     kept = air.copy()
     for k, image in enumerate(air):
-        labels, count = cc3d.connected_components(image.astype(np.uint8), connectivity=8, return_N=True)
+        labels, count = regions(image, 8)
         if count:
             area = np.bincount(labels.ravel(), minlength=count + 1) * pixel[0] * pixel[1]
             mean = (
@@ -107,7 +109,7 @@ def _without_airways(air: np.ndarray, hu: np.ndarray, pixel: tuple[float, float]
             airway = (mean < AIRWAY) & (area < AIRWAY_MM2)
             airway[0] = True
             kept[k] = ~airway[labels]
-    labels, count = cc3d.connected_components(kept.astype(np.uint8), connectivity=26, return_N=True)
+    labels, count = regions(kept, 26)
     if not count:
         return kept
     voxels = np.bincount(labels.ravel(), minlength=count + 1)
@@ -123,7 +125,7 @@ def _sides(lung: np.ndarray, air: np.ndarray, middle: float) -> np.ndarray:
     columns = np.flatnonzero(lung.any(axis=(0, 1)))
     width = 2 * max(middle - columns[0], columns[-1] - middle)
     for k, image in enumerate(lung):
-        labels = cc3d.connected_components(image.astype(np.uint8), connectivity=8)
+        labels = regions(image, 8)[0]
         for piece in range(1, int(labels.max()) + 1):
             here = labels == piece
             across = np.flatnonzero(here.any(axis=0))

@@ -45,6 +45,8 @@ def train(args: argparse.Namespace) -> int:
         block=args.block,
         equations=args.equations,
         deep_supervision=not args.one_head,
+        loss=args.loss,
+        supervise=args.supervise,
         validate=patients,
         exclude=args.exclude,
         init=args.init,

@@ -41,7 +41,6 @@ class Recipe:
     augment: bool = False
     ema_decay: float = 0.0  # 0: no average
     clip_norm: float = 0.0  # 0: no clipping
-    alpha: float = 0.5
 
 
 def default_recipe(epochs: int = 40) -> Recipe:
@@ -63,11 +62,14 @@ class Config:
 
     data: str
     recipe: Recipe = field(default_factory=default_recipe)
+    network: str = "scoat"
     width: int = 16
     size: int = 256
     block: str = "res"
     equations: str = "published"
     deep_supervision: bool = True
+    loss: str = "bce-dice"  # of losses.LOSSES
+    supervise: str = "mean"  # or "last": which heads the loss looks at
     window: tuple[float, float] = (LUNG.low, LUNG.high)
     validate: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

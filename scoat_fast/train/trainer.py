@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from .augment import augment
 from .config import Config, Stage
 from .data import Slice, read_index, split
 from .data import load as load_slices
-from .losses import hybrid_loss
+from .losses import LOSSES, supervised
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 300  # how much work a killed run loses at most, beside the step at hand
@@ -50,9 +51,11 @@ class Progress:
 
 
 class Trainer:
-    """Trains a SCOATNet as ``config`` says; keeps everything in ``folder``.
+    """Trains a network as ``config`` says; keeps everything in ``folder``.
 
     ``name`` and ``licence`` go into the weights; the name is that of the width and the data where none is given.
+    ``build`` makes another network than SCOATNet from the config: [N, 1, S, S] to logits of that shape, or a list of
+    such. No weights are written for it, which only ``SCOATNet.from_pretrained`` could read.
 
     The folder receives ``config.json``, ``checkpoint.pt``, ``metrics.csv``, TensorBoard events, and in the end
     ``weights.safetensors``. If it holds a checkpoint of the same config and data, the run goes on from there,
@@ -71,6 +74,7 @@ class Trainer:
         name: str = "",
         licence: str = "",
         quiet: bool = False,
+        build: Callable[[Config], nn.Module] | None = None,
     ):
         name = name or f"scoat-w{config.width} on {Path(config.data).resolve().name}"
         self.facts = Pretrained(name, config.window, config.size, licence=licence)
@@ -88,7 +92,8 @@ class Trainer:
         self.steps_per_epoch = len(train) // recipe.batch_size
 
         seed_everything(config.seed, verbose=False)
-        net = SCOATNet(1, 1, config.width, config.block, config.deep_supervision, config.equations)
+        net = build(config) if build else _scoat_net(config, config.deep_supervision)
+        self.loss = partial(LOSSES[config.loss], reduce=self._sum_over_processes)
         if config.init:
             _initialise(net, config.init)
         net = net.to(memory_format=torch.channels_last)
@@ -102,7 +107,7 @@ class Trainer:
         self._new_stage()
         self._resume()
 
-    def fit(self) -> SCOATNet:
+    def fit(self) -> nn.Module:
         """Trains to the end of the last stage, writes the weights and returns them as a network on the CPU."""
         progress, recipe = self.progress, self.config.recipe
         while progress.stage < len(recipe.stages):
@@ -154,7 +159,7 @@ class Trainer:
         images = images[share].contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = hybrid_loss(self.net(images), masks[share], recipe.alpha, self._sum_over_processes)
+        loss = supervised(self.loss, self.net(images), masks[share], self.config.supervise)
         self.fabric.backward(loss)
         if recipe.clip_norm:
             self.fabric.clip_gradients(self.net, self.optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
@@ -257,9 +262,10 @@ class Trainer:
         if self.progress.history and self.fabric.is_global_zero:
             self._write_log()  # its last row is missing, should the run have been killed just before
 
-    def _export(self) -> SCOATNet:
-        config = self.config
-        net = SCOATNet(1, 1, config.width, config.block, equations=config.equations)
+    def _export(self) -> nn.Module:
+        if not isinstance(self._current(), SCOATNet):
+            return self._current().cpu().eval()
+        net = _scoat_net(self.config, deep_supervision=False)
         net.load_state_dict(_last_head(_copy(self._current().state_dict())))
         if self.fabric.is_global_zero:
             save(net, self.folder / "weights.safetensors", self.facts)
@@ -272,7 +278,7 @@ class Trainer:
         self.net, self.optimizer = self.fabric.setup(self.plain_net, optimizer)
         self.average.n_averaged.zero_()
 
-    def _current(self) -> SCOATNet:
+    def _current(self) -> nn.Module:
         """The network to judge and to ship."""
         return self.average.module if self.config.recipe.ema_decay else self.plain_net
 
@@ -292,6 +298,10 @@ class Trainer:
     def _last_dice(self) -> str:
         dice = self.progress.history[-1]["dice"] if self.progress.history else ""
         return "-" if dice == "" else f"{dice:.4f}"
+
+
+def _scoat_net(config: Config, deep_supervision: bool) -> SCOATNet:
+    return SCOATNet(1, 1, config.width, config.block, deep_supervision, config.equations)
 
 
 def _digests(config: Config, slices: Sequence[Slice]) -> dict[str, str]:
