@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these networks are too small for more to help
@@ -12,12 +13,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torchvision_on_cpu
+from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 from scoat_fast import SCOATNet
 from scoat_fast.pretrained import Pretrained, save
+from scoat_fast.train.data import COLUMNS
+
+torchvision_on_cpu.declare()
 
 GOLDEN = Path(__file__).parent / "golden"
 ASYMMETRIC = np.array([[-0.9, 0, 0, 80], [0, -0.8, 0, 60], [0, 0, 2.5, -30], [0, 0, 0, 1.0]])  # LPS axes, mm
@@ -74,3 +80,39 @@ def ct(phantom, tmp_path) -> Path:
     path = tmp_path / "ct.nii.gz"
     nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), path)
     return path
+
+
+PATIENTS = ("p1", "p1", "p2", "p2", "p3", "")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder of 24 slices [40, 36] with bright squares to find, of three known patients and unknown ones."""
+    folder = tmp_path_factory.mktemp("data")
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in range(24):
+        image = rng.integers(60, 100, (40, 36)).astype(np.uint8)
+        mask = np.zeros((40, 36), bool)
+        if k % 4:
+            y, x = rng.integers(5, 22, 2)
+            mask[y : y + 10, x : x + 9] = True
+        image[mask] += 90
+        Image.fromarray(image).save(folder / f"images/s{k}.png")
+        Image.fromarray(mask).save(folder / f"masks/s{k}.png")
+        rows.append(
+            dict.fromkeys(COLUMNS, "")
+            | {"id": f"s{k}", "patient": PATIENTS[k % 6], "image": f"images/s{k}.png", "mask": f"masks/s{k}.png"}
+            | ({"window_low_hu": "-1350", "window_high_hu": "150"} if k % 2 else {})
+        )
+    write_index(folder, rows)
+    return folder
+
+
+def write_index(folder: Path, rows: list[dict]) -> None:
+    with (folder / "index.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)

@@ -30,13 +30,26 @@ MAY_IMPORT = {
     "segmentation": {"engine", "errors", "files", "imaging", "model"},
     "report": {"errors", "files", "imaging", "segmentation"},
     "train": {"errors", "files", "imaging", "model", "pretrained", "segmentation"},
+    "study": {"errors", "files", "imaging", "layers", "model", "ops", "report", "train"},
     "weights": set(),
     "nnunet": set(),
     "info": {"weights"},
     "export": {"errors", "files", "model"},
     "doctor": {"engine", "errors", "files", "info", "model", "ops"},
     "bench": {"clock", "doctor", "engine", "errors", "files", "imaging", "model", "ops", "segmentation"},
-    "cli": {"bench", "doctor", "errors", "export", "imaging", "info", "pretrained", "report", "segmentation", "train"},
+    "cli": {
+        "bench",
+        "doctor",
+        "errors",
+        "export",
+        "imaging",
+        "info",
+        "pretrained",
+        "report",
+        "segmentation",
+        "study",
+        "train",
+    },
 }
 
 

@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ASYMMETRIC
+from conftest import ASYMMETRIC, write_index
 from dicom_series import write_series
 from PIL import Image
 
@@ -33,42 +33,6 @@ from scoat_fast.train.config import Stage, default_recipe, paper_recipe
 from scoat_fast.train.data import COLUMNS, fold_patients, load, of_patients, read_index, split
 from scoat_fast.train.evaluate import evaluate, table
 from scoat_fast.train.losses import LOSSES, hybrid_loss, supervised
-
-PATIENTS = ("p1", "p1", "p2", "p2", "p3", "")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """A folder of 24 slices [40, 36] with bright squares to find, of three known patients and unknown ones."""
-    folder = tmp_path_factory.mktemp("data")
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir()
-    rng = np.random.default_rng(0)
-    rows = []
-    for k in range(24):
-        image = rng.integers(60, 100, (40, 36)).astype(np.uint8)
-        mask = np.zeros((40, 36), bool)
-        if k % 4:
-            y, x = rng.integers(5, 22, 2)
-            mask[y : y + 10, x : x + 9] = True
-        image[mask] += 90
-        Image.fromarray(image).save(folder / f"images/s{k}.png")
-        Image.fromarray(mask).save(folder / f"masks/s{k}.png")
-        rows.append(
-            dict.fromkeys(COLUMNS, "")
-            | {"id": f"s{k}", "patient": PATIENTS[k % 6], "image": f"images/s{k}.png", "mask": f"masks/s{k}.png"}
-            | ({"window_low_hu": "-1350", "window_high_hu": "150"} if k % 2 else {})
-        )
-    write_index(folder, rows)
-    return folder
-
-
-def write_index(folder: Path, rows: list[dict]) -> None:
-    with (folder / "index.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-
 
 # Data
 

@@ -57,16 +57,14 @@ def write_followup(given: Sequence[str], output: Path) -> None:
     """
     if output.suffix != ".html":
         raise ScoatFastError(f"a page that ends in .html is wanted, got {output.name!r}")
-    visits = sorted(map(_visit, given), key=lambda visit: visit.date)
-    if len(visits) < 2 or len({visit.date for visit in visits}) < len(visits):
-        raise ScoatFastError("results of two or more different dates are wanted")
+    visits = read_visits(given)
     for before, visit in itertools.pairwise(visits):
         old, new = (one.report["statistics"]["ml"] for one in (before, visit))
         visit.change_ml = new - old
         visit.change_percent = 100 * (new - old) / old if old else None
     for visit in visits:
         try:
-            visit.axial, visit.coronal = _pictures(visit)
+            visit.axial, visit.coronal = (picture(_drawn(*cut)) for cut in cuts(visit))
         except BadInputError as error:
             visit.doubt = f"No pictures: {error.reason}"
     rows = [
@@ -81,6 +79,14 @@ def write_followup(given: Sequence[str], output: Path) -> None:
     ]
     write_page(output, "followup.html", visits=visits, rows=rows, chart=_chart(visits), version=__version__)
     write_csv(output.with_suffix(".csv"), COLUMNS, map(_table_row, visits))
+
+
+def read_visits(given: Sequence[str]) -> list[Visit]:
+    """The visits of ``write_followup``, by their dates. Raises ScoatFastError and BadInputError, as it does."""
+    visits = sorted(map(_visit, given), key=lambda visit: visit.date)
+    if len(visits) < 2 or len({visit.date for visit in visits}) < len(visits):
+        raise ScoatFastError("results of two or more different dates are wanted")
+    return visits
 
 
 def _visit(given: str) -> Visit:
@@ -108,8 +114,10 @@ def _table_row(visit: Visit) -> dict:
     return {"date": visit.date.isoformat(), "case": visit.report["case"], **numbers, **changes}
 
 
-def _pictures(visit: Visit) -> tuple[str, str]:
-    """The axial and the coronal slice with the most opacity. Raises BadInputError."""
+def cuts(visit: Visit) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """The axial and the coronal slice with the most opacity, the head up: grey values in 0..1 and mask [H, W], and the
+    ratio of a pixel's height to its width. Raises BadInputError.
+    """
     cases, errors = find_cases([visit.report["input"]], visit.path.parent)
     if errors or len(cases) != 1:
         reason = errors[0].reason if errors else "it holds several scans now"
@@ -123,18 +131,19 @@ def _pictures(visit: Visit) -> tuple[str, str]:
     greys = LUNG.apply(turn.to_slices(volume.voxels).astype(np.float32))
     between_slices, rows, columns = turn.spacing
     k, row = int(marked.sum(axis=(1, 2)).argmax()), int(marked.sum(axis=(0, 2)).argmax())
-    axial = _drawn(greys[k], marked[k], rows / columns)
-    coronal = _drawn(greys[::-1, row], marked[::-1, row], between_slices / columns)  # the head up
-    return axial, coronal
+    return [
+        (greys[k], marked[k], rows / columns),
+        (greys[::-1, row], marked[::-1, row], between_slices / columns),
+    ]
 
 
-def _drawn(grey: np.ndarray, mask: np.ndarray, ratio: float) -> str:
+def _drawn(grey: np.ndarray, mask: np.ndarray, ratio: float) -> Image.Image:
     """A slice with the contours of its mask; ``ratio`` of a pixel's height to its width."""
     size = (ACROSS, max(round(ACROSS * grey.shape[0] * ratio / grey.shape[1]), 1))
     image = Image.fromarray((grey * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
     pixels = np.stack([np.asarray(image)] * 3, axis=-1)
     pixels[contour(mask, size)] = FOUND
-    return picture(Image.fromarray(pixels))
+    return Image.fromarray(pixels)
 
 
 def _chart(visits: Sequence[Visit]) -> dict:

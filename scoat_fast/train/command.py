@@ -51,7 +51,7 @@ def train(args: argparse.Namespace) -> int:
         exclude=args.exclude,
         init=args.init,
         seed=args.seed,
-        precision=_precision(device) if args.precision == "auto" else args.precision,
+        precision=precision(device) if args.precision == "auto" else args.precision,
     )
     fabric = Fabric(accelerator=device, devices=args.devices, precision=config.precision)
     fabric.launch()
@@ -93,7 +93,7 @@ def _check_batch(args: argparse.Namespace) -> None:
         )
 
 
-def _precision(device: str) -> str:
+def precision(device: str) -> str:
     """bfloat16 where the hardware computes in it: emulated, it is a hundred times slower than float32."""
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -55,7 +55,8 @@ class Trainer:
 
     ``name`` and ``licence`` go into the weights; the name is that of the width and the data where none is given.
     ``build`` makes another network than SCOATNet from the config: [N, 1, S, S] to logits of that shape, or a list of
-    such. No weights are written for it, which only ``SCOATNet.from_pretrained`` could read.
+    such. No weights are written for it, which only ``SCOATNet.from_pretrained`` could read. ``load_slices`` stands
+    in for ``data.load``.
 
     The folder receives ``config.json``, ``checkpoint.pt``, ``metrics.csv``, TensorBoard events, and in the end
     ``weights.safetensors``. If it holds a checkpoint of the same config and data, the run goes on from there,
@@ -75,6 +76,7 @@ class Trainer:
         licence: str = "",
         quiet: bool = False,
         build: Callable[[Config], nn.Module] | None = None,
+        load_slices: Callable[..., tuple[Tensor, Tensor]] = load_slices,
     ):
         name = name or f"scoat-w{config.width} on {Path(config.data).resolve().name}"
         self.facts = Pretrained(name, config.window, config.size, licence=licence)
