@@ -29,7 +29,7 @@ void define(py::module_& module, const char* name, Launch launch) {
   module.def(
       name,
       [launch](int dtype, bool channels_last, const std::array<int64_t, 4>& shape, const Tensor& a, const Tensor& b,
-               const Tensor& gate, const Tensor& out, uintptr_t scale, uintptr_t shift, uintptr_t sums,
+               const Tensor& gate, const Tensor& out, uintptr_t scale, uintptr_t shift, uintptr_t slope, uintptr_t sums,
                int64_t sum_channels, uintptr_t where) {
         const Arguments arguments{static_cast<DType>(dtype),
                                   channels_last,
@@ -40,13 +40,14 @@ void define(py::module_& module, const char* name, Launch launch) {
                                   view(out),
                                   reinterpret_cast<const float*>(scale),
                                   reinterpret_cast<const float*>(shift),
+                                  reinterpret_cast<const float*>(slope),
                                   reinterpret_cast<float*>(sums),
                                   sum_channels};
         launch(arguments, where);
       },
       py::arg("dtype"), py::arg("channels_last"), py::arg("shape"), py::arg("a"), py::arg("b") = Tensor(),
       py::arg("gate") = Tensor(), py::arg("out") = Tensor(), py::arg("scale") = 0, py::arg("shift") = 0,
-      py::arg("sums") = 0, py::arg("sum_channels") = 0, py::arg("where"));
+      py::arg("slope") = 0, py::arg("sums") = 0, py::arg("sum_channels") = 0, py::arg("where"));
 }
 
 // Features as Python passes them: address, three steps and channels; None where there are none.

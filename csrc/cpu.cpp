@@ -433,6 +433,118 @@ void dot_channels_last(const Arguments& a, int threads) {
   }
 }
 
+// The kernels of a normalisation read up to three tensors side by side: OPTION says whether the one that may be lacking
+// is there.
+enum class Pass { moments, norm, norm_sums, norm_backward };
+
+struct Pixel {
+  float a, b, x, scale, shift, slope;
+};
+
+template <Pass P, bool OPTION>
+inline float passed(const Pixel& p) {
+  if (P == Pass::moments) return p.a - p.shift;
+  if (P == Pass::norm) return relu(p.a * p.scale + p.shift + (OPTION ? p.b : 0.0f));
+  const float g = P == Pass::norm_sums || OPTION ? (p.b <= 0.0f ? 0.0f : p.a) : p.a;
+  return P == Pass::norm_sums ? g : g * p.scale + p.x * p.slope + p.shift;
+}
+
+template <Pass P, bool OPTION, typename T>
+void pass_contiguous(const Arguments& a, int threads) {
+  constexpr bool SUMS = P == Pass::moments || P == Pass::norm_sums,
+                 B = P == Pass::norm_sums || (P != Pass::moments && OPTION);
+  constexpr bool X = P == Pass::norm_sums || P == Pass::norm_backward,
+                 OUT = P != Pass::moments && (P != Pass::norm_sums || OPTION);
+  const bool dense = !SUMS && without_gaps(a.a, a.shape.w) && without_gaps(a.b, a.shape.w) &&
+                     without_gaps(a.gate, a.shape.w) && without_gaps(a.out, a.shape.w);
+  const int64_t n = a.shape.n, c = a.shape.c, h = dense ? 1 : a.shape.h, w = dense ? a.shape.h * a.shape.w : a.shape.w;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t plane = 0; plane < n * c; ++plane) {
+    const int64_t in = plane / c, ic = plane % c;
+    const float scale = value_or(a.scale, plane, 1.0f), shift = value_or(a.shift, plane, 0.0f);
+    const float slope = value_or(a.slope, plane, 0.0f);
+    for (int64_t iy = 0; iy < h; ++iy) {
+      const T* __restrict pa = row_of<T>(a.a, in, ic, iy);
+      const T* __restrict pb = B ? row_of<T>(a.b, in, ic, iy) : nullptr;
+      const T* __restrict px = X ? row_of<T>(a.gate, in, ic, iy) : nullptr;
+      T* __restrict out = OUT ? row_of<T>(a.out, in, ic, iy) : nullptr;
+      float first = 0, second = 0;
+#pragma omp simd reduction(+ : first, second)
+      for (int64_t i = 0; i < w; ++i) {
+        const Pixel p{to_float(pa[i]), B ? to_float(pb[i]) : 0.0f, X ? to_float(px[i]) : 0.0f, scale, shift, slope};
+        const float value = passed<P, OPTION>(p);
+        if (OUT) out[i] = from_float<T>(value);
+        if (SUMS) {
+          first += value;
+          second += value * (X ? p.x - shift : value);
+        }
+      }
+      if (SUMS) {
+        float* sums = sums_of(a, in, iy, h, ic);
+        sums[0] = first;
+        sums[c] = second;
+      }
+    }
+  }
+}
+
+template <Pass P, bool OPTION, typename T>
+void pass_channels_last(const Arguments& a, int threads) {
+  constexpr bool SUMS = P == Pass::moments || P == Pass::norm_sums,
+                 B = P == Pass::norm_sums || (P != Pass::moments && OPTION);
+  constexpr bool X = P == Pass::norm_sums || P == Pass::norm_backward,
+                 OUT = P != Pass::moments && (P != Pass::norm_sums || OPTION);
+  const int64_t n = a.shape.n, c = a.shape.c, h = a.shape.h, w = a.shape.w;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> none(c, 0.0f);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < n * h; ++item) {
+      const int64_t iy = item % h, in = item / h;
+      const float* __restrict scale = a.scale ? a.scale + in * c : none.data();
+      const float* __restrict shift = a.shift ? a.shift + in * c : none.data();
+      const float* __restrict slope = a.slope ? a.slope + in * c : none.data();
+      float* __restrict first = SUMS ? sums_of(a, in, iy, h, 0) : nullptr;
+      float* __restrict second = SUMS ? first + c : nullptr;
+      if (SUMS) std::fill(first, first + 2 * c, 0.0f);
+      for (int64_t ix = 0; ix < w; ++ix) {
+        const T* __restrict pa = row_of<T>(a.a, in, 0, iy) + ix * a.a.w;
+        const T* __restrict pb = B ? row_of<T>(a.b, in, 0, iy) + ix * a.b.w : nullptr;
+        const T* __restrict px = X ? row_of<T>(a.gate, in, 0, iy) + ix * a.gate.w : nullptr;
+        T* __restrict out = OUT ? row_of<T>(a.out, in, 0, iy) + ix * a.out.w : nullptr;
+#pragma omp simd
+        for (int64_t i = 0; i < c; ++i) {
+          const Pixel p{to_float(pa[i]), B ? to_float(pb[i]) : 0.0f, X ? to_float(px[i]) : 0.0f, scale[i], shift[i],
+                        slope[i]};
+          const float value = passed<P, OPTION>(p);
+          if (OUT) out[i] = from_float<T>(value);
+          if (SUMS) {
+            first[i] += value;
+            second[i] += value * (X ? p.x - shift[i] : value);
+          }
+        }
+      }
+    }
+  }
+}
+
+#define SCOAT_PASS(name, option)                                          \
+  template <typename T>                                                   \
+  void name##_contiguous(const Arguments& a, int threads) {               \
+    return option ? pass_contiguous<Pass::name, true, T>(a, threads)      \
+                  : pass_contiguous<Pass::name, false, T>(a, threads);    \
+  }                                                                       \
+  template <typename T>                                                   \
+  void name##_channels_last(const Arguments& a, int threads) {            \
+    return option ? pass_channels_last<Pass::name, true, T>(a, threads)   \
+                  : pass_channels_last<Pass::name, false, T>(a, threads); \
+  }
+SCOAT_PASS(moments, false)
+SCOAT_PASS(norm, a.b.data)
+SCOAT_PASS(norm_sums, a.out.data)
+SCOAT_PASS(norm_backward, a.b.data)
+#undef SCOAT_PASS
+
 }  // namespace
 
 #define SCOAT_DEFINE(name)                                                                                         \

@@ -36,6 +36,16 @@ __device__ __forceinline__ void store(const float (&from)[V], T* to) {
   Vector<T, V> vector;
 #pragma unroll
   for (int i = 0; i < V; ++i) vector.values[i] = from_float<T>(from[i]);
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(vector) == 16) {  // left to itself, the compiler makes single stores of some of these
+    uint32_t bits[4];
+    memcpy(bits, &vector, sizeof bits);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits[0]),
+                 "r"(bits[1]), "r"(bits[2]), "r"(bits[3])
+                 : "memory");
+    return;
+  }
+#endif
   *reinterpret_cast<Vector<T, V>*>(to) = vector;
 }
 
@@ -285,6 +295,80 @@ __global__ void __launch_bounds__(THREADS) channels_channels_last(const Argument
   }
 }
 
+// The passes of a normalisation; what may be lacking is so for all threads alike.
+enum class Pass { moments, norm, norm_sums, norm_backward };
+
+template <Pass P>
+constexpr bool SUMS = P == Pass::moments || P == Pass::norm_sums;
+template <Pass P>
+constexpr bool READS_X = P == Pass::norm_sums || P == Pass::norm_backward;
+
+// Where this is known to the compiler, it stores whole vectors.
+template <Pass P>
+__device__ __forceinline__ bool writes(const Arguments& a) {
+  return P == Pass::norm_sums ? a.out.data != nullptr : P != Pass::moments;
+}
+
+template <int V>
+struct Coefficients {
+  float scale[V], shift[V], slope[V];
+
+  __device__ __forceinline__ Coefficients(const Arguments& a, int64_t first) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      scale[i] = a.scale ? a.scale[first + i] : 1.0f;
+      shift[i] = a.shift ? a.shift[first + i] : 0.0f;
+      slope[i] = a.slope ? a.slope[first + i] : 0.0f;
+    }
+  }
+};
+
+// What a pass makes of an element, and what it adds to the second sum.
+template <Pass P>
+__device__ __forceinline__ float passed(float a, float b, bool has_b, float x, float scale, float shift, float slope) {
+  if constexpr (P == Pass::moments) return a - shift;
+  if constexpr (P == Pass::norm) return relu(a * scale + shift + b);
+  const float g = has_b && b <= 0.0f ? 0.0f : a;
+  return P == Pass::norm_sums ? g : g * scale + x * slope + shift;
+}
+
+// Over two rows of 2 * TILE columns; V channels.
+template <typename T, int V, Pass P>
+__global__ void __launch_bounds__(THREADS) pass_channels_last(const Arguments a, unsigned items) {
+  if (flat_index() >= items) return;
+  const int c = int(a.shape.c), h = int(a.shape.h), w = int(a.shape.w), tiles = int(column_tiles(w));
+  Index index{flat_index()};
+  const int ic = index.next(c / V) * V, tile = index.next(tiles), pair = index.next(h / 2 + 1), in = int(index.rest);
+  const Coefficients<V> coefficients(a, int64_t(in) * c + ic);
+  float first_sum[V] = {}, second_sum[V] = {};
+  const int first = tile * 2 * int(TILE), last = min(first + 2 * int(TILE), w);
+  for (int iy = max(2 * pair - 1, 0); iy <= min(2 * pair, h - 1); ++iy) {
+#pragma unroll 1  // more would spill at the registers that ptxas allows some of these
+    for (int ix = first; ix < last; ++ix) {
+      float value[V], b[V] = {}, x[V] = {};
+      load<V>(at<T>(a.a, in, ic, iy) + ix * a.a.w, value);
+      if (P != Pass::moments && a.b.data) load<V>(at<T>(a.b, in, ic, iy) + ix * a.b.w, b);
+      if constexpr (READS_X<P>) load<V>(at<T>(a.gate, in, ic, iy) + ix * a.gate.w, x);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        value[i] = passed<P>(value[i], b[i], a.b.data, x[i], coefficients.scale[i], coefficients.shift[i],
+                             coefficients.slope[i]);
+        first_sum[i] += value[i];
+        second_sum[i] += value[i] * (READS_X<P> ? x[i] - coefficients.shift[i] : value[i]);
+      }
+      if (writes<P>(a)) store<V>(value, at<T>(a.out, in, ic, iy) + ix * a.out.w);
+    }
+  }
+  if constexpr (SUMS<P>) {
+    float* sums = sums_at(a, in, int64_t(h / 2 + 1) * tiles, pair * tiles + tile, ic);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      sums[i] = first_sum[i];
+      sums[c + i] = second_sum[i];
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------- contiguous
 
 // The columns of inputs, and their weights, of V outputs from V * j on: outputs 2m and 2m + 1 lie after inputs m - 1
@@ -481,6 +565,48 @@ __global__ void __launch_bounds__(THREADS) channels_contiguous(const Arguments a
   if (active && j % GROUP == 0) *sums_at(a, in, int64_t(h / 2 + 1) * tiles, pair * tiles + j / GROUP, ic) = sum;
 }
 
+// The passes of a normalisation, over V columns of two rows.
+template <typename T, bool WHOLE, Pass P>
+__global__ void __launch_bounds__(THREADS) pass_contiguous(const Arguments a, unsigned items) {
+  constexpr int V = LANES<T>, GROUP = int(2 * TILE) / V;
+  const bool active = flat_index() < items;
+  const int c = int(a.shape.c), h = int(a.shape.h), w = int(a.shape.w), across = threads_of_row<V>(w);
+  Index index{active ? flat_index() : 0};
+  const int j = index.next(across), pair = index.next(h / 2 + 1), ic = index.next(c), in = int(index.rest);
+  float first_sum = 0, second_sum = 0;
+  if (active && V * j < w) {
+    const Coefficients<1> k(a, int64_t(in) * c + ic);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int iy = 2 * pair - 1 + r;
+      if (iy < 0 || iy >= h) continue;
+      float value[V], b[V] = {}, x[V] = {};
+      load_columns<V, WHOLE>(at<T>(a.a, in, ic, iy), V * j, w, value);
+      if (P != Pass::moments && a.b.data) load_columns<V, WHOLE>(at<T>(a.b, in, ic, iy), V * j, w, b);
+      if constexpr (READS_X<P>) load_columns<V, WHOLE>(at<T>(a.gate, in, ic, iy), V * j, w, x);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        value[i] = passed<P>(value[i], b[i], a.b.data, x[i], k.scale[0], k.shift[0], k.slope[0]);
+        if (WHOLE || V * j + i < w) {
+          first_sum += value[i];
+          second_sum += value[i] * (READS_X<P> ? x[i] - k.shift[0] : value[i]);
+        }
+      }
+      if (writes<P>(a)) store_columns<V, WHOLE>(value, V * j, w, at<T>(a.out, in, ic, iy));
+    }
+  }
+  if constexpr (SUMS<P>) {
+    first_sum = sum_of_group(first_sum, GROUP);
+    second_sum = sum_of_group(second_sum, GROUP);
+    const int tiles = across / GROUP;
+    if (active && j % GROUP == 0) {
+      float* sums = sums_at(a, in, int64_t(h / 2 + 1) * tiles, pair * tiles + j / GROUP, ic);
+      sums[0] = first_sum;
+      sums[c] = second_sum;
+    }
+  }
+}
+
 // --------------------------------------------------------------------------------------------------- launching
 
 // Whether a tensor can be read 16 bytes at a time: its address and all its steps but the dense one.
@@ -604,6 +730,36 @@ template <typename T>
 int dot_of(const Arguments& a, void* stream) {
   return channels_of<T, false>(a, stream);
 }
+
+template <typename T, Pass P>
+int pass_of(const Arguments& a, void* stream) {
+  constexpr int V = LANES<T>;
+  const auto [n, c, h, w] = a.shape;
+  const auto vectors = [&](bool channels_last) {
+    bool all = true;
+    for (const View* view : {&a.a, &a.b, &a.gate, &a.out}) all = all && in_vectors(*view, V, sizeof(T), channels_last);
+    return all;
+  };
+  if (a.channels_last) {
+    const int64_t items = n * (h / 2 + 1) * column_tiles(w) * c;
+    if (c % V == 0 && vectors(true)) return launch(pass_channels_last<T, V, P>, a, items / V, stream);
+    return launch(pass_channels_last<T, 1, P>, a, items, stream);
+  }
+  const int64_t items = n * c * (h / 2 + 1) * threads_of_row<V>(w);
+  if (w % V == 0 && vectors(false)) return launch(pass_contiguous<T, true, P>, a, items, stream);
+  return launch(pass_contiguous<T, false, P>, a, items, stream);
+}
+
+#define SCOAT_PASS(name)                            \
+  template <typename T>                             \
+  int name##_of(const Arguments& a, void* stream) { \
+    return pass_of<T, Pass::name>(a, stream);       \
+  }
+SCOAT_PASS(moments)
+SCOAT_PASS(norm)
+SCOAT_PASS(norm_sums)
+SCOAT_PASS(norm_backward)
+#undef SCOAT_PASS
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// The five kernels under the three operations, and what they take. No torch and no Python from here on.
+// The nine kernels under the four operations, and what they take. No torch and no Python from here on.
 #pragma once
 
 #include "numbers.h"
@@ -20,10 +20,11 @@ struct Shape {
 struct Arguments {
   DType dtype;
   bool channels_last;
-  Shape shape;  // of y in the first three kernels, of x in the other two
+  Shape shape;  // of y in the first three kernels, of x in the others
   View a, b, gate, out;
   const float* scale;  // [N, C], or null
   const float* shift;  // [N, C], or null
+  const float* slope;  // [N, C], or null
   float* sums;         // [N, tiles, sum_channels] from this operand's first channel on, or null
   int64_t sum_channels;
 };
@@ -34,9 +35,20 @@ struct Arguments {
 // affine:        out = a * scale + shift;            sums of out over each tile of pixels
 // dot:           sums of a * b (of a, without b) over each tile of pixels
 //
+// and of a normalisation with statistics of its own batch, where `gate` has the channels of a and g = b > 0 ? a : 0:
+//
+// moments:       sums of a - shift, and of its square
+// norm:          out = relu(a * scale + shift + b)
+// norm_sums:     out = g;                            sums of g, and of g * (gate - shift)
+// norm_backward: out = g * scale + gate * slope + shift, with g = a where there is no b
+//
+// Of two sums, the second lies C channels after the first. norm may lack b, norm_sums may lack out.
+//
 // A missing gate counts as 0, a missing scale as 1, a missing shift as 0. Every sum of a tile is written by one
 // thread in a fixed order, so that equal input gives equal bits.
-#define SCOAT_KERNELS(apply) apply(up_forward) apply(up_backward) apply(gate_backward) apply(affine) apply(dot)
+#define SCOAT_KERNELS(apply)                                                                                    \
+  apply(up_forward) apply(up_backward) apply(gate_backward) apply(affine) apply(dot) apply(moments) apply(norm) \
+      apply(norm_sums) apply(norm_backward)
 
 namespace cpu {
 // Tiles of the sums over [H, W]: rows.

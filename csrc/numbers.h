@@ -35,6 +35,9 @@ SCOAT_BOTH uint32_t bits_of_float(float value) {
   return bits;
 }
 
+// What a negative value becomes; NaN stays.
+SCOAT_BOTH float relu(float value) { return value < 0.0f ? 0.0f : value; }
+
 SCOAT_BOTH float to_float(float value) { return value; }
 
 SCOAT_BOTH float to_float(BFloat value) { return float_of_bits(uint32_t(value.bits) << 16); }

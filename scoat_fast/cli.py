@@ -15,6 +15,7 @@ from pathlib import Path
 from . import __version__
 
 LOSSES = ("mae", "iou", "bce", "dice", "focal", "bce-dice", "bce-dice-literal")
+OPERATIONS = ("upsample", "spatial_gate", "channel_gate", "batch_norm_relu")
 EXIT_OK, EXIT_USAGE, EXIT_FAILED_CASES, EXIT_INTERRUPTED = 0, 2, 3, 130
 EXIT_CODES = """exit codes: 0 all went well; 2 the command itself could not run (its options, the weights, the output
 folder); 3 some cases failed, the others are done; 130 interrupted"""
@@ -561,7 +562,7 @@ def _add_bench(commands) -> None:
         epilog=EXIT_CODES,
     )
     command.set_defaults(run=bench_ops)
-    command.add_argument("--op", nargs="+", choices=("upsample", "spatial_gate", "channel_gate"), help="default: all")
+    command.add_argument("--op", nargs="+", choices=OPERATIONS, help="default: all")
     command.add_argument(
         "--batch", type=_positive, nargs="+", metavar="N", help="slices at once (default: 1 8 32 on a GPU, else 1)"
     )

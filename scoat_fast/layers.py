@@ -4,13 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import channel_gate, spatial_gate, upsample
+from .ops import batch_norm_relu, channel_gate, spatial_gate, upsample
 
 EQUATIONS = ("published", "paper")
 REDUCTION = 16  # r of equation 5
+
+
+class BatchNormReLU2d(nn.BatchNorm2d):
+    """``BatchNorm2d``, an optional residual, then ReLU; parameters and state dict are those of ``BatchNorm2d``."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, C, H, W], and the same -> the same."""
+        own_statistics = self.training or self.running_mean is None
+        if not own_statistics or self.weight is None or torch.compiler.is_exporting():
+            return _relu_of_sum(super().forward(x), residual)
+        y, mean, var = batch_norm_relu(x, self.weight, self.bias, residual, self.eps)
+        if self.training and self.track_running_stats:
+            self._track(mean, var, x.numel() // x.shape[1])
+        return y
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Moves the running statistics, as the stock layer does: towards the unbiased variance."""
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        for running, found in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+            running.lerp_(found.to(running.dtype), momentum)
+
+
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``relu(norm(x) + residual)``, fused where ``norm`` is: SyncBatchNorm may have taken its place."""
+    return norm(x, residual) if isinstance(norm, BatchNormReLU2d) else _relu_of_sum(norm(x), residual)
+
+
+def _relu_of_sum(x: Tensor, residual: Tensor | None) -> Tensor:
+    return F.relu(x if residual is None else x + residual)
 
 
 class PlainBlock(nn.Module):
@@ -22,16 +54,16 @@ class PlainBlock(nn.Module):
 
     def _add_layers(self, in_channels: int, out_channels: int) -> None:
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1 = BatchNormReLU2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = BatchNormReLU2d(out_channels)
 
-    def convolve(self, x: Tensor) -> Tensor:
-        """Both convolutions, up to and without the last ReLU."""
-        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+    def convolve(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Both convolutions; the residual is added before the last ReLU."""
+        return norm_relu(self.bn2, self.conv2(norm_relu(self.bn1, self.conv1(x))), residual)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in, H, W] -> [N, out, H, W]
-        return F.relu(self.convolve(x))
+        return self.convolve(x)
 
 
 class ResidualBlock(PlainBlock):
@@ -42,7 +74,7 @@ class ResidualBlock(PlainBlock):
         self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.convolve(x) + self.downsample(x))
+        return self.convolve(x, self.downsample(x))
 
 
 class ChannelAttention(nn.Module):
@@ -79,7 +111,7 @@ class GatedBlock(ResidualBlock):
         """[N, in, H, W] and, where they are known, its means over the pixels [N, in] -> [N, out, H, W]."""
         recalibrated = self.ca(x, means)
         if self.equations == "paper":
-            return F.relu(self.convolve(recalibrated)) + F.relu(self.downsample(x))
+            return self.convolve(recalibrated) + F.relu(self.downsample(x))
         return super().forward(recalibrated)
 
 
@@ -92,7 +124,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, equations: str):
         super().__init__()
-        self.W_x = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
+        self.W_x = nn.Sequential(nn.Conv2d(channels, channels, 1), BatchNormReLU2d(channels))
         self.W_y = nn.Sequential(nn.Conv2d(2 * channels, channels, 1), nn.BatchNorm2d(channels))
         self.active = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid())
         self.equations = equations
@@ -103,10 +135,12 @@ class SpatialAttention(nn.Module):
         Returns ``row`` and the gated features, concatenated [N, len(row) * C + 2C, 2h, 2w]; the means of that over
         its pixels; and the attention map [N, 1, 2h, 2w].
         """
-        project, normalize = self.W_y
-        from_row, from_below = self.W_x(row[-1]), normalize(upsample(project(y)))  # W_y up(y) = up(W_y y)
-        paper = self.equations == "paper"
-        joined = F.relu(from_row) + F.relu(from_below) if paper else F.relu(from_row + from_below)
+        (project, normalize), (convolve, norm) = self.W_y, self.W_x
+        from_row, from_below = convolve(row[-1]), normalize(upsample(project(y)))  # W_y up(y) = up(W_y y)
+        if self.equations == "paper":
+            joined = norm_relu(norm, from_row) + F.relu(from_below)
+        else:
+            joined = norm_relu(norm, from_row, from_below)
         attention = self.active(joined)
         return *spatial_gate(y, attention, row, return_means=True), attention
 

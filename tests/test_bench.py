@@ -36,6 +36,9 @@ SMALL = {
         ("level 1", (make.normal(n, 6, 5, 4), make.normal(8, 6), make.normal(6, 8), None)),
         ("level 1 means", (make.normal(n, 6, 5, 4), make.normal(8, 6), make.normal(6, 8), make.normal(n, 6).float())),
     ],
+    "batch_norm_relu": lambda make, n: [
+        ("level 0", (make.normal(n, 6, 5, 4) + 1, *make.uniform(2, 6).float(), make.normal(n, 6, 5, 4), 1e-5)),
+    ],
 }
 
 
@@ -76,7 +79,7 @@ def test_run_measures_every_case_and_saves_it(tmp_path, capsys):
     assert passed(result)
     assert result["commit"] == "abc" and result["copy_gb_per_s"] > 0
     implementations = 2 if has_kernels() else 1
-    assert len(result["rows"]) == 4 * 2 * 2 * 2 * 2 * implementations
+    assert len(result["rows"]) == 5 * 2 * 2 * 2 * 2 * implementations
     printed = capsys.readouterr().out.splitlines()
     for row in result["rows"]:
         assert row.keys() == ROW
@@ -147,7 +150,7 @@ def test_a_failure_costs_no_other_row(monkeypatch, capsys):
 def test_what_cannot_run_is_named_once(monkeypatch, capsys):
     monkeypatch.setenv("SCOAT_FAST_DISABLE", "cpu")
     result = run(plan())
-    assert result["left_out"].keys() == {"upsample cpu", "spatial_gate cpu", "channel_gate cpu"}
+    assert result["left_out"].keys() == {f"{name} cpu" for name in BY_NAME}
     assert {row["implementation"] for row in result["rows"]} == {"eager"}
     assert capsys.readouterr().out.count("channel_gate has no cpu here") == 1
 
@@ -181,7 +184,7 @@ def test_the_public_function_is_called_as_on_a_gpu(monkeypatch, name, direction)
 
 
 @pytest.mark.parametrize("direction", calls.DIRECTIONS)
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in check.MIXED])
 def test_a_large_batch_is_checked_at_its_ends(monkeypatch, name, direction):
     monkeypatch.setattr(check, "CPU_ROOM", 0)
     op, args = BY_NAME[name], sample(name, batch=5).args
@@ -194,6 +197,12 @@ def test_a_large_batch_is_checked_at_its_ends(monkeypatch, name, direction):
         wrong = [results[0].clone(), *results[1:]]
         wrong[0][place] += 1
         assert (check.judge(wrong, truth).reason is not None) == seen
+
+
+def test_a_batch_whose_samples_depend_on_each_other_is_checked_as_a_whole(monkeypatch):
+    monkeypatch.setattr(check, "CPU_ROOM", 0)
+    op, args = BY_NAME["batch_norm_relu"], sample("batch_norm_relu", batch=5).args
+    assert check.truth(op, "forward", args, calls.gradients_of_outputs(op, args)).whole
 
 
 def test_bytes_by_hand():

@@ -142,9 +142,11 @@ def test_autocast_casts_as_for_convolutions(op, dtype):
         lowered = map_tensors(sample.args, lambda x: x.to(dtype) if x.ndim == 4 or op.name != "channel_gate" else x)
         if op.name == "channel_gate":  # the known means stay exact
             lowered = [*(x.to(dtype) for x in sample.args[:3]), sample.args[3]]
+        if op.name == "batch_norm_relu":  # a normalisation keeps the dtype of its input, as stock torch's does
+            lowered = sample.args
         expected = op.function(*lowered)
         expected = expected[0] if isinstance(expected, tuple) else expected
-        assert output[0].dtype == dtype
+        assert output[0].dtype == lowered[0].dtype
         torch.testing.assert_close(output[0], expected, rtol=0, atol=0)
         assert all(
             grad.dtype == x.dtype
@@ -187,6 +189,14 @@ def test_mixed_dtypes_are_refused(op):
         (lambda f: ops.channel_gate(f(2, 4, 3, 3), f(2, 5), f(5, 2)), r"\[R, 4\] and \[4, R\]"),
         (lambda f: ops.channel_gate(f(2, 4, 3, 3), f(2, 4), f(4, 2), f(2, 3)), r"means must be \[2, 4\]"),
         (lambda f: ops.channel_gate(f(2, 4, 3, 3), f(2, 4), f(4, 2), f(2, 4).double()), r"means must be .*float32"),
+        (lambda f: ops.batch_norm_relu(f(2, 4, 3, 3), f(4), f(3)), r"weight and bias must be \[4\] .*\[4\] and \[3\]"),
+        (lambda f: ops.batch_norm_relu(f(2, 4, 3, 3), f(4), f(4), f(2, 1, 3, 3)), r"residual must be \[2, 4, 3, 3\]"),
+        (
+            lambda f: ops.batch_norm_relu(f(2, 4, 3, 3), f(4), f(4), f(2, 4, 3, 3).half()),
+            r"residual must be torch.float32",
+        ),
+        (lambda f: ops.batch_norm_relu(f(2, 4, 3, 3).half(), f(4), f(4).half()), r"bias must be torch.float32"),
+        (lambda f: ops.batch_norm_relu(f(1, 4, 1, 1), f(4), f(4)), r"two values or more"),
     ],
 )
 def test_wrong_shapes_say_what_was_wanted(call, message):

@@ -31,8 +31,19 @@ KERNELS = {
     "_gate_backward_contiguous",
     "_affine",
     "_dot",
+    "_moments",
+    "_norm",
+    "_norm_sums",
+    "_norm_backward",
 }
-REGISTERS = {"_affine": 64, "_dot": 64}  # that is full occupancy for half of 64; the others have 128: 16 warps
+REGISTERS = {
+    "_affine": 64,
+    "_dot": 64,
+    "_moments": 64,
+    "_norm": 64,
+    "_norm_sums": 64,
+    "_norm_backward": 64,
+}  # that is full occupancy for half of 64; the others have 128: 16 warps
 # Bytes of the widest loads and stores. Contiguous y moves half of what its outputs do; a map has few channels.
 WIDTHS = {
     ("_up_forward", True): (16, 16),
@@ -45,6 +56,14 @@ WIDTHS = {
     ("_affine", False): (16, 16),
     ("_dot", True): (16, 4),
     ("_dot", False): (16, 4),
+    ("_moments", True): (16, 4),
+    ("_moments", False): (16, 4),
+    ("_norm", True): (16, 16),
+    ("_norm", False): (16, 16),
+    ("_norm_sums", True): (16, 16),
+    ("_norm_sums", False): (16, 16),
+    ("_norm_backward", True): (16, 16),
+    ("_norm_backward", False): (16, 16),
 }
 
 
@@ -137,12 +156,15 @@ def launches(dtype: torch.dtype, channels_last: bool) -> Iterator:
     own = joined[:, 64:]
     forward = kernels.up_forward(y, gate, own)
     dot = kernels.dot(joined, joined)
-    for launch in (forward, dot):
-        place = numbers(16, launch.tiles, 192)[:, :, -launch.arguments["C"] :]
+    norm_sums = kernels.norm_sums(joined, joined, joined, shift, joined)
+    for launch in (forward, dot, kernels.moments(joined, shift), norm_sums):
+        place = numbers(16, launch.tiles, 384)[:, :, -launch.arguments["C"] :]
         yield replace(launch, arguments=launch.arguments | kernels._arguments({"sums": place}))
     yield kernels.up_backward(own, gate, shift[:, 64:], y)
     yield kernels.gate_backward(own, shift[:, 64:], y, numbers(kernels.gate_parts(y), *gate.shape))
     yield kernels.affine(joined, image(192, 256), scale, shift)
+    yield kernels.norm(joined, joined, scale, shift, joined)
+    yield kernels.norm_backward(joined, joined, joined, scale, scale, shift, joined)
 
 
 def specialized(value) -> tuple[str, bool]:

@@ -50,9 +50,9 @@ def call_of_function(function: Callable, direction: str, args: tuple, grads: lis
         return _without_gradients(lambda: as_list(function(*args)))
     leaves = map_tensors(args, lambda x: x.detach().requires_grad_())
     outputs = as_list(function(*leaves))
-    given = [grad.to(y.dtype) for grad, y in zip(grads, outputs, strict=True)]
-    wanted = tensors_of(leaves)
-    return lambda: list(torch.autograd.grad(outputs, wanted, given, retain_graph=True))
+    given = [grad.to(y.dtype) for grad, y in zip(grads, outputs, strict=True) if y.requires_grad]
+    ends, wanted = [y for y in outputs if y.requires_grad], tensors_of(leaves)  # statistics have no gradients
+    return lambda: list(torch.autograd.grad(ends, wanted, given, retain_graph=True))
 
 
 def gradients_of_outputs(op: Operation, args: tuple) -> list[Tensor]:
@@ -71,8 +71,8 @@ def minimal_bytes(op: str, direction: str, args: tuple) -> int:
     """The bytes of the maps [N, C, H, W] that have to be read and written.
 
     Each input is read once and each output written once; only where a sum over all of a map decides what becomes of
-    its pixels, in a recalibration without known means, it is read twice. Vectors and weights are left out, and so are
-    gradients of a row that are slices of the gradient of the result.
+    its pixels, in a recalibration without known means and in a normalisation, it is read twice. Vectors and weights
+    are left out, and so are gradients of a row that are slices of the gradient of the result.
     """
     if op == "upsample":
         y, row = args
@@ -82,6 +82,9 @@ def minimal_bytes(op: str, direction: str, args: tuple) -> int:
         forward = 5 * y.nbytes + attention.nbytes + 2 * _nbytes(row)
         backward = 6 * y.nbytes + 2 * attention.nbytes + 2 * _nbytes(row) * return_means
         return {"forward": forward, "backward": backward}[direction]
+    if op == "batch_norm_relu":  # backwards with a residual, what the first pass writes saves the second a read
+        x, _, _, residual, _ = args
+        return {"forward": 3 + (residual is not None), "backward": 7}[direction] * x.nbytes
     x, _, _, means = args
     return ({"forward": 2, "backward": 3}[direction] + (means is None)) * x.nbytes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ops import _native
+from ..ops.batch_norm_relu import coefficients as per_channel
 from ..ops.channel_gate.excite import excite, excite_backward
 from .stock_out import Call, blank
 
@@ -96,6 +97,36 @@ def channel_gate_backward(grads: list[Tensor], x: Tensor, w1: Tensor, w2: Tensor
     return call
 
 
+def batch_norm_relu_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> Call:
+    out = blank(x, *x.shape[1:])
+
+    def call() -> list[Tensor]:
+        pivot = per_channel.pivot(x)
+        sums = _native.moments(x, per_channel.for_slices(pivot, x)).over_batch()
+        mean, var = per_channel.statistics(sums, pivot, per_channel.count_of(x))
+        scale, shift = (per_channel.for_slices(each, x) for each in per_channel.forward(weight, bias, mean, var, eps))
+        _native.norm(x, residual, scale, shift, out)
+        return [out, mean.float(), var.float()]
+
+    return call
+
+
+def batch_norm_relu_backward(
+    grads: list[Tensor], x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> Call:
+    y, mean, var = (t.clone() for t in batch_norm_relu_forward(x, weight, bias, residual, eps)())
+    dx, masked = blank(x, *x.shape[1:]), None if residual is None else blank(x, *x.shape[1:])
+
+    def call() -> list[Tensor]:
+        sums = _native.norm_sums(grads[0], y, x, per_channel.for_slices(mean, x), masked).over_batch()
+        *three, dweight, dbias = per_channel.backward(sums, weight, mean, var, eps, per_channel.count_of(x))
+        gradient, mask = (grads[0], y) if masked is None else (masked, None)
+        _native.norm_backward(gradient, mask, x, *(per_channel.for_slices(each, x) for each in three), dx)
+        return [dx, dweight.to(weight.dtype), dbias.to(bias.dtype), *([] if masked is None else [masked])]
+
+    return call
+
+
 CALLS = {
     ("upsample", "forward"): upsample_forward,
     ("upsample", "backward"): upsample_backward,
@@ -103,6 +134,8 @@ CALLS = {
     ("spatial_gate", "backward"): spatial_gate_backward,
     ("channel_gate", "forward"): channel_gate_forward,
     ("channel_gate", "backward"): channel_gate_backward,
+    ("batch_norm_relu", "forward"): batch_norm_relu_forward,
+    ("batch_norm_relu", "backward"): batch_norm_relu_backward,
 }
 
 

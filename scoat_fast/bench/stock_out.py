@@ -108,6 +108,37 @@ def channel_gate_backward(grads: list[Tensor], x: Tensor, w1: Tensor, w2: Tensor
     return call
 
 
+def batch_norm_relu_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> Call:
+    normalized, total, out = (blank(x, *x.shape[1:]) for _ in range(3))
+    mean, inverse = torch.empty_like(weight), torch.empty_like(weight)
+
+    def call() -> list[Tensor]:
+        whole, known = {"out": normalized, "save_mean": mean, "save_invstd": inverse}, (None, None, True, 0.1, eps)
+        aten.native_batch_norm.out(x, weight, bias, *known, **whole)
+        if residual is not None:
+            torch.add(normalized, residual, out=total)
+        aten.relu.out(normalized if residual is None else total, out=out)
+        return [out, mean, inverse**-2 - eps]
+
+    return call
+
+
+def batch_norm_relu_backward(
+    grads: list[Tensor], x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> Call:
+    y, mean, var = (t.clone() for t in batch_norm_relu_forward(x, weight, bias, residual, eps)())
+    inverse, masked, dx = (var + eps).rsqrt(), blank(x, *x.shape[1:]), blank(x, *x.shape[1:])
+    outputs = {"out0": dx, "out1": torch.empty_like(weight), "out2": torch.empty_like(bias)}
+
+    def call() -> list[Tensor]:
+        aten.threshold_backward.grad_input(grads[0], y, 0, grad_input=masked)
+        known = (None, None, mean, inverse, True, eps, (True, True, True))
+        aten.native_batch_norm_backward.out(masked, x, weight, *known, **outputs)
+        return [*outputs.values(), *([] if residual is None else [masked])]
+
+    return call
+
+
 CALLS = {
     ("upsample", "forward"): upsample_forward,
     ("upsample", "backward"): upsample_backward,
@@ -115,6 +146,8 @@ CALLS = {
     ("spatial_gate", "backward"): spatial_gate_backward,
     ("channel_gate", "forward"): channel_gate_forward,
     ("channel_gate", "backward"): channel_gate_backward,
+    ("batch_norm_relu", "forward"): batch_norm_relu_forward,
+    ("batch_norm_relu", "backward"): batch_norm_relu_backward,
 }
 
 

@@ -49,6 +49,9 @@ class Sums:
     def total(self) -> Tensor:  # [N, C]
         return self.partial.sum(1)
 
+    def over_batch(self) -> Tensor:  # [C] in float64
+        return self.partial.sum((0, 1), dtype=torch.float64)
+
     def means(self) -> Tensor:  # [N, C]
         return self.total() / self.pixels
 
@@ -87,6 +90,32 @@ def dot(a: Tensor, b: Tensor | None) -> Sums:
     return sums
 
 
+def moments(x: Tensor, pivot: Tensor) -> Sums:
+    """The sums of x - pivot [N, C], then those of its square: for 2 C channels."""
+    sums = Sums(x, 2 * x.shape[1])
+    _launch("moments", x.shape, x, a=x, shift=pivot, sums=sums)
+    return sums
+
+
+def norm(x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """out = relu(x * scale + shift + residual)"""
+    _launch("norm", x.shape, x, a=x, b=residual, scale=scale, shift=shift, out=out)
+
+
+def norm_sums(dout: Tensor, y: Tensor, x: Tensor, mean: Tensor, out: Tensor | None) -> Sums:
+    """out = dout where y > 0, else 0; its sums, then those of out * (x - mean): for 2 C channels."""
+    sums = Sums(x, 2 * x.shape[1])
+    _launch("norm_sums", x.shape, dout, a=dout, b=y, gate=x, shift=mean, out=out, sums=sums)
+    return sums
+
+
+def norm_backward(
+    dout: Tensor, y: Tensor | None, x: Tensor, scale: Tensor, slope: Tensor, shift: Tensor, out: Tensor
+) -> None:
+    """out = g * scale + x * slope + shift, with g = dout where y > 0, else 0; g = dout without y."""
+    _launch("norm_backward", x.shape, dout, a=dout, b=y, gate=x, scale=scale, slope=slope, shift=shift, out=out)
+
+
 def _kernels(x: Tensor):
     return _C.cuda if x.is_cuda else _C.cpu
 
@@ -102,13 +131,14 @@ def _launch(
     out: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    slope: Tensor | None = None,
     sums: Sums | None = None,
     first: int = 0,
 ) -> None:
     """Launches on the stream of PyTorch; ``main`` has the layout that the kernel walks in."""
     if 0 in shape:
         return
-    per_channel = [None if t is None else t.contiguous() for t in (scale, shift)]  # held until the launch
+    scale, shift, slope = (None if t is None else t.contiguous() for t in (scale, shift, slope))  # until the launch
     where = torch.cuda.current_stream(main.device).cuda_stream if main.is_cuda else torch.get_num_threads()
     arguments = {
         "dtype": _DTYPES[main.dtype],
@@ -118,8 +148,9 @@ def _launch(
         "b": _view(b),
         "gate": _view(gate),
         "out": _view(out),
-        "scale": 0 if scale is None else per_channel[0].data_ptr(),
-        "shift": 0 if shift is None else per_channel[1].data_ptr(),
+        "scale": 0 if scale is None else scale.data_ptr(),
+        "shift": 0 if shift is None else shift.data_ptr(),
+        "slope": 0 if slope is None else slope.data_ptr(),
         "sums": 0 if sums is None else sums.partial[:, :, first:].data_ptr(),
         "sum_channels": 0 if sums is None else sums.partial.shape[2],
         "where": where,

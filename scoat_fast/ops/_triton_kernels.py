@@ -30,6 +30,7 @@ from ._layout import is_channels_last, why_no_kernel
 INTERPRETED = triton.knobs.runtime.interpret  # as triton.jit sees it below: kernels then run on CPU tensors, for tests
 WARPS = 4
 WALK_WARPS = 8  # of contiguous tensors: a row of gates is then smaller than the program, and each thread reads its own
+HALF = 32  # bytes a thread has of each of three tensors or four: so many values in float32 fill its registers
 WALK_CHANNELS = 2  # of contiguous tensors, in a thread: they share its gates and weights
 ENOUGH = 1024  # programs that keep any GPU busy
 
@@ -195,6 +196,89 @@ def _dot(
     if b is not None:
         value *= _load(_lines(b, b_strides, n, c), ok, row, columns, w)
     _store_sums(value, sums, sums_strides, n, tile, c, ok)
+
+
+@triton.jit
+def _moments(
+    x, x_strides, shift, shift_stride, sums, sums_strides, C, h, w,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sums of x - shift, and C channels on those of its square: [BLOCK_C, BLOCK_K] a program."""
+    n, block, row, column, tile = _place(C, h, w, 1, BLOCK_C, BLOCK_K, CHANNELS_LAST)
+    c = (block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    ok = c < C
+    columns = column + tl.arange(0, BLOCK_K)
+    value = _load(_lines(x, x_strides, n, c), ok, row, columns, w)
+    value -= _of_channels(shift, shift_stride, n, c, ok)[:, None]
+    value = tl.where((columns < w)[None, :], value, 0.0)
+    _store_sums(value, sums, sums_strides, n, tile, c, ok)
+    _store_sums(value * value, sums, sums_strides, n, tile, C + c, ok)
+
+
+@triton.jit
+def _norm(
+    x, x_strides, residual, residual_strides, scale, scale_stride, shift, shift_stride, out, out_strides, C, h, w,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = relu(x * scale + shift + residual): [BLOCK_C, BLOCK_K] a program."""
+    n, block, row, column, _ = _place(C, h, w, 1, BLOCK_C, BLOCK_K, CHANNELS_LAST)
+    c = (block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    ok = c < C
+    columns = column + tl.arange(0, BLOCK_K)
+    value = _load(_lines(x, x_strides, n, c), ok, row, columns, w)
+    value *= _of_channels(scale, scale_stride, n, c, ok)[:, None]
+    value += _of_channels(shift, shift_stride, n, c, ok)[:, None]
+    if residual is not None:
+        value += _load(_lines(residual, residual_strides, n, c), ok, row, columns, w)
+    value = tl.where(value < 0.0, 0.0, value)  # NaN stays
+    _store(value, _lines(out, out_strides, n, c), ok, row, columns, w)
+
+
+@triton.jit
+def _norm_sums(
+    dout, dout_strides, y, y_strides, x, x_strides, shift, shift_stride, out, out_strides, sums, sums_strides, C, h, w,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = dout where y > 0; its sums, and C channels on those of out * (x - shift): [BLOCK_C, BLOCK_K] a program."""
+    n, block, row, column, tile = _place(C, h, w, 1, BLOCK_C, BLOCK_K, CHANNELS_LAST)
+    c = (block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    ok = c < C
+    columns = column + tl.arange(0, BLOCK_K)
+    value = _behind_relu(dout, dout_strides, y, y_strides, n, c, ok, row, columns, w)
+    if out is not None:
+        _store(value, _lines(out, out_strides, n, c), ok, row, columns, w)
+    _store_sums(value, sums, sums_strides, n, tile, c, ok)
+    centred = _load(_lines(x, x_strides, n, c), ok, row, columns, w)
+    centred -= _of_channels(shift, shift_stride, n, c, ok)[:, None]
+    _store_sums(value * centred, sums, sums_strides, n, tile, C + c, ok)
+
+
+@triton.jit
+def _norm_backward(
+    dout, dout_strides, y, y_strides, x, x_strides, scale, scale_stride, slope, slope_stride, shift, shift_stride,
+    out, out_strides, C, h, w,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = g * scale + x * slope + shift, with g = dout where y > 0, else 0: [BLOCK_C, BLOCK_K] a program."""
+    n, block, row, column, _ = _place(C, h, w, 1, BLOCK_C, BLOCK_K, CHANNELS_LAST)
+    c = (block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    ok = c < C
+    columns = column + tl.arange(0, BLOCK_K)
+    if y is not None:
+        value = _behind_relu(dout, dout_strides, y, y_strides, n, c, ok, row, columns, w)
+    else:
+        value = _load(_lines(dout, dout_strides, n, c), ok, row, columns, w)
+    value *= _of_channels(scale, scale_stride, n, c, ok)[:, None]
+    own = _load(_lines(x, x_strides, n, c), ok, row, columns, w)
+    value += own * _of_channels(slope, slope_stride, n, c, ok)[:, None]
+    value += _of_channels(shift, shift_stride, n, c, ok)[:, None]
+    _store(value, _lines(out, out_strides, n, c), ok, row, columns, w)
+
+
+@triton.jit
+def _behind_relu(dout, dout_strides, y, y_strides, n, c, ok, row, columns, w):
+    value = _load(_lines(dout, dout_strides, n, c), ok, row, columns, w)
+    return tl.where(_load(_lines(y, y_strides, n, c), ok, row, columns, w) <= 0.0, 0.0, value)
 
 
 @triton.jit
@@ -524,10 +608,37 @@ def dot(a: Tensor, b: Tensor | None) -> Launch:
     return _point(_dot, a=a, b=others[0] if others else None, sums=None)
 
 
-def _point(kernel, **tensors: Tensor | None) -> Launch:
+def moments(x: Tensor, pivot: Tensor) -> Launch:
+    """The sums over pixels of x - pivot [N, C], then of its square, for ``two_sums``."""
+    (x,) = _flat(x)
+    return _point(_moments, x=x, shift=pivot, sums=None)
+
+
+def norm(x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, out: Tensor) -> Launch:
+    """out = relu(x * scale + shift + residual), for [N, C, H, W] and float32 [N, C]"""
+    x, residual, out = _flat(x, residual, out)
+    return _point(_norm, x=x, residual=residual, scale=scale, shift=shift, out=out, bytes=HALF)
+
+
+def norm_sums(dout: Tensor, y: Tensor, x: Tensor, mean: Tensor, out: Tensor | None) -> Launch:
+    """out = dout where y > 0, else 0; for ``two_sums`` its sums over pixels, then those of out * (x - mean)."""
+    dout, y, x, out = _flat(dout, y, x, out)
+    return _point(_norm_sums, dout=dout, y=y, x=x, shift=mean, out=out, sums=None, bytes=HALF)
+
+
+def norm_backward(
+    dout: Tensor, y: Tensor | None, x: Tensor, scale: Tensor, slope: Tensor, shift: Tensor, out: Tensor
+) -> Launch:
+    """out = g * scale + x * slope + shift, with g = dout where y > 0, else 0; g = dout without y."""
+    dout, y, x, out = _flat(dout, y, x, out)
+    return _point(_norm_backward, dout=dout, y=y, x=x, scale=scale, slope=slope, shift=shift, out=out, bytes=HALF)
+
+
+def _point(kernel, bytes: int = 64, **tensors: Tensor | None) -> Launch:
+    """``bytes`` of each tensor a thread."""
     main = next(iter(tensors.values()))
     (n, c, h, w), itemsize = main.shape, main.itemsize
-    elements = 32 * WARPS * 64 // itemsize
+    elements = 32 * WARPS * bytes // itemsize
     if is_channels_last(main):
         block_c = _block(c, 256 // itemsize, 64 // itemsize)
         block_k = elements // block_c
@@ -539,11 +650,11 @@ def _point(kernel, **tensors: Tensor | None) -> Launch:
     return Launch(kernel, n * triton.cdiv(c, block_c) * tiles, tiles, _arguments(tensors, C=c, h=h, w=w), constants)
 
 
-def _flat(*tensors: Tensor) -> list[Tensor]:
+def _flat(*tensors: Tensor | None) -> list[Tensor | None]:
     """Images as single rows of pixels, where that is how all of them lie in memory."""
     n, _, h, w = tensors[0].shape
-    if h * w < 2**30 and all(x.stride(2) == w * x.stride(3) for x in tensors):
-        return [x.view(n, x.shape[1], 1, h * w) for x in tensors]
+    if h * w < 2**30 and all(x is None or x.stride(2) == w * x.stride(3) for x in tensors):
+        return [None if x is None else x.view(n, x.shape[1], 1, h * w) for x in tensors]
     return list(tensors)
 
 
@@ -556,6 +667,14 @@ def sums(*launches: Launch) -> Tensor:
     for each, place in zip(launches, partial.split(channels, 2), strict=True):
         each.into(place).run()
     return partial.sum(1)
+
+
+def two_sums(launch: Launch) -> Tensor:
+    """Runs a launch that writes two sums for each channel; both over batch and pixels, float64 [2 C]."""
+    x, channels = next(iter(launch.arguments.values())), launch.arguments["C"]
+    partial = torch.empty((len(x), launch.tiles, 2 * channels), dtype=torch.float32, device=x.device)
+    launch.into(partial).run()
+    return partial.sum((0, 1), dtype=torch.float64)
 
 
 def why_not(main: Tensor, others: Iterable[Tensor | None]) -> str | None:
@@ -595,7 +714,7 @@ def _arguments(tensors: dict[str, Tensor | None], **sizes: int) -> dict:
     for name, x in tensors.items():
         arguments[name] = x
         stride = None if x is None else x.stride()
-        if name in ("scale", "shift"):
+        if name in ("scale", "shift", "slope"):
             arguments[f"{name}_stride"] = stride and stride[0]
         else:
             arguments[f"{name}_strides"] = stride

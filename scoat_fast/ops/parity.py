@@ -57,7 +57,8 @@ def outputs_and_gradients(function: Callable, args: tuple) -> list[Tensor]:
     leaves = map_tensors(args, lambda x: x.detach().requires_grad_())
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    return [*outputs, *torch.autograd.grad(outputs, tensors_of(leaves), [_gradient_for(y) for y in outputs])]
+    ends = [y for y in outputs if y.requires_grad]  # statistics have no gradients
+    return [*outputs, *torch.autograd.grad(ends, tensors_of(leaves), [_gradient_for(y) for y in ends])]
 
 
 def _gradient_for(output: Tensor) -> Tensor:

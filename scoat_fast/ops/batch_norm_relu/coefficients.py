@@ -1,0 +1,47 @@
+"""What is the same for all pixels of a channel, from sums over them; shared by the kernels. All [C], in float64."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def pivot(x: Tensor) -> Tensor:
+    """A value near each channel's mean, [C] in float32: squares of what lies around it lose no digits."""
+    return x[0, :, 0, 0].float().contiguous()
+
+
+def statistics(sums: Tensor, pivot: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from the sums of ``x - pivot`` and of its square, [2 C], over ``count`` pixels."""
+    first, second = sums.chunk(2)
+    offset = first / count
+    return pivot + offset, (second / count - offset.square()).clamp(min=0)
+
+
+def forward(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The scale and the shift that normalise."""
+    scale = weight.double() * (var + eps).rsqrt()
+    return scale, bias.double() - mean * scale
+
+
+def backward(
+    sums: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scale, slope and shift of ``dx = g * scale + x * slope + shift``, and the gradients of weight and bias.
+
+    ``sums``: of g, the gradient behind ReLU, and of ``g * (x - mean)``, [2 C].
+    """
+    dbias, second = sums.chunk(2)
+    inverse = (var.double() + eps).rsqrt()
+    dweight, scale = second * inverse, weight.double() * inverse
+    slope = -scale * inverse * dweight / count
+    return scale, slope, -scale * dbias / count - slope * mean.double(), dweight, dbias
+
+
+def for_slices(values: Tensor, like: Tensor) -> Tensor:
+    """[C] as float32 [N, C], as the kernels take it for ``like`` [N, C, H, W]."""
+    return values.float().expand(like.shape[:2])
+
+
+def count_of(x: Tensor) -> int:
+    """Pixels of a channel in the whole batch."""
+    return x.shape[0] * x.shape[2] * x.shape[3]

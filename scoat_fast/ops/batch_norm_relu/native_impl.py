@@ -1,0 +1,41 @@
+"""The kernels of ``csrc``: CUDA on a GPU, OpenMP on a CPU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _native
+from .._layout import new_like
+from . import coefficients as per_channel
+
+
+def why_not(main: Tensor, *others) -> str | None:
+    """For the arguments of the forward pass (x, ...) and of the backward (dout, x, ...)."""
+    return _native.why_not(main, [x for x in others if isinstance(x, Tensor) and x.ndim == 4])
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    pivot = per_channel.pivot(x)
+    sums = _native.moments(x, per_channel.for_slices(pivot, x)).over_batch()
+    mean, var = per_channel.statistics(sums, pivot, per_channel.count_of(x))
+    scale, shift = per_channel.forward(weight, bias, mean, var, eps)
+    out = new_like(x, *x.shape[1:])
+    _native.norm(x, residual, per_channel.for_slices(scale, x), per_channel.for_slices(shift, x), out)
+    return out, mean.float(), var.float()
+
+
+def backward(
+    dout: Tensor, x: Tensor, out: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, has_residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradient = new_like(x, *x.shape[1:]) if has_residual else None
+    sums = _native.norm_sums(dout, out, x, per_channel.for_slices(mean, x), gradient).over_batch()
+    *three, dweight, dbias = per_channel.backward(sums, weight, mean, var, eps, per_channel.count_of(x))
+    three, dx = [per_channel.for_slices(each, x) for each in three], new_like(x, *x.shape[1:])
+    if has_residual:
+        _native.norm_backward(gradient, None, x, *three, dx)
+    else:
+        _native.norm_backward(dout, out, x, *three, dx)
+    dresidual = gradient if has_residual else x.new_empty(0)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual

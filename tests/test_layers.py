@@ -1,0 +1,83 @@
+"""The normalising layer: the stock layer, a residual and ReLU, in training and in evaluation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scoat_fast import SCOATNet
+from scoat_fast.bench.eager import EagerSCOATNet
+from scoat_fast.layers import BatchNormReLU2d, norm_relu
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-3}, {"affine": False},
+                                     {"track_running_stats": False}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_the_stock_layer_then_relu(options, with_residual, dtype):
+    generator = torch.Generator().manual_seed(4)
+    ours, stock = BatchNormReLU2d(5, **options).to(dtype), nn.BatchNorm2d(5, **options).to(dtype)
+    for parameter in (*stock.parameters(), *ours.parameters()):
+        nn.init.uniform_(parameter, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    for training in (True, True, False, True):
+        ours.train(training), stock.train(training)
+        x = torch.randn(3, 5, 7, 6, generator=generator, dtype=dtype) * 3 + 2
+        residual = torch.randn(3, 5, 7, 6, generator=generator, dtype=dtype) if with_residual else None
+        results = []
+        for layer in (ours, stock):
+            leaves = [t.clone().requires_grad_() for t in (x, residual) if t is not None]
+            y = norm_relu(layer, *leaves)
+            (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
+            results.append([y, *(t.grad for t in leaves), *(p.grad for p in layer.parameters())])
+            layer.zero_grad()
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-5)
+        for name, value in stock.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_one_value_a_channel_is_refused_in_training_alone():
+    layer, x = BatchNormReLU2d(4), torch.randn(1, 4, 1, 1)
+    with pytest.raises(ValueError, match="two values or more"):
+        layer(x)
+    assert layer.eval()(x).shape == x.shape
+
+
+def test_a_network_with_synchronised_statistics_keeps_its_relu():
+    """``convert_sync_batchnorm`` puts a layer without ReLU in the place of ours."""
+    net = SCOATNet(width=4, deep_supervision=True).eval()
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
+    assert not any(isinstance(module, BatchNormReLU2d) for module in synchronised.modules())
+    x = torch.randn(2, 1, 32, 48)
+    for ours, theirs in zip(synchronised(x), net(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_step_of_training_is_that_of_stock_modules(memory_format):
+    """Loss, gradients and running statistics of the whole network: the same sums in float64, rounding in float32."""
+    torch.manual_seed(5)
+    stock = EagerSCOATNet(4).double()
+    nets = [stock, SCOATNet(width=4).double(), SCOATNet(width=4)]
+    x, target = torch.randn(2, 1, 48, 32), (torch.rand(2, 1, 48, 32) > 0.8).float()
+    found = []
+    for net in nets:
+        net.load_state_dict(nets[0].state_dict()) if net is not stock else None
+    for net in nets:
+        net = net.train().to(memory_format=memory_format)
+        dtype = next(net.parameters()).dtype
+        logits = net(x.to(dtype).contiguous(memory_format=memory_format))
+        F.binary_cross_entropy_with_logits(logits, target.to(dtype)).backward()
+        gradient = torch.cat([parameter.grad.double().flatten() for _, parameter in sorted(net.named_parameters())])
+        found.append((logits.double(), gradient, {name: buffer.double() for name, buffer in net.named_buffers()}))
+    for (logits, gradient, buffers), tolerance in zip(found[1:], (1e-10, 1e-4), strict=True):
+        torch.testing.assert_close(logits, found[0][0], rtol=tolerance, atol=tolerance)
+        for name, buffer in buffers.items():
+            torch.testing.assert_close(buffer, found[0][2][name], rtol=tolerance, atol=tolerance)
+        # in float32 a pixel on the edge of ReLU may fall to its other side, here or in stock modules
+        assert (gradient - found[0][1]).norm() <= 50 * tolerance * found[0][1].norm()
