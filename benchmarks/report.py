@@ -1,7 +1,7 @@
-"""Draws the charts and writes the tables of the README from the files under ``benchmarks/results/``.
+"""Draws the charts and writes the tables of the documents from the files under ``benchmarks/results/``.
 
 python benchmarks/report.py            # after new results were put there
-python benchmarks/report.py --check    # fails where the README does not say what the files say
+python benchmarks/report.py --check    # fails where a document does not say what the files say
 """
 
 from __future__ import annotations
@@ -11,24 +11,32 @@ import sys
 from pathlib import Path
 
 from scoat_fast.bench.chart import draw, table
+from scoat_fast.study.tables import tables
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PICTURES, README = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures", ROOT / "README.md"
+RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "study.md")
 MARKED = re.compile(r"(<!-- results: (?P<name>[\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def readme() -> str:
-    """The README with its tables made anew: each stands between ``<!-- results: NAME -->`` and ``<!-- end -->``."""
-    return MARKED.sub(lambda found: f"{found[1]}\n{table(RESULTS / found['name'])}\n\n{found[3]}", README.read_text())
+def anew(document: Path) -> str:
+    """A document with its tables made anew: each stands between ``<!-- results: NAME -->`` and ``<!-- end -->``."""
+
+    def made(found: re.Match) -> str:
+        make = tables if found["name"].startswith("study") else table
+        return f"{found[1]}\n{make(RESULTS / found['name']).rstrip()}\n\n{found[3]}"
+
+    return MARKED.sub(made, document.read_text())
 
 
 def main() -> int:
     if "--check" in sys.argv[1:]:
-        if readme() != README.read_text():
-            print("README.md: its tables are not those of benchmarks/results; run python benchmarks/report.py")
-            return 1
-        return 0
-    README.write_text(readme())
+        old = [document for document in DOCUMENTS if anew(document) != document.read_text()]
+        for document in old:
+            print(f"{document.name}: its tables are not those of benchmarks/results; run python benchmarks/report.py")
+        return 1 if old else 0
+    for document in DOCUMENTS:
+        document.write_text(anew(document))
     for path in sorted([*RESULTS.glob("ops*.json"), *RESULTS.glob("model*.json")]):
         draw(path, PICTURES / f"{path.stem}.png")
     return 0

@@ -5,6 +5,7 @@
 #   benchmarks/run_on_gpu.sh sanitize         the kernels under compute-sanitizer
 #   benchmarks/run_on_gpu.sh model            forward pass: eager, torch.compile and the engine, and its single steps
 #   benchmarks/run_on_gpu.sh tune             the engine with tiles tuned on this GPU, which are printed
+#   benchmarks/run_on_gpu.sh train            a step of training: eager, torch.compile and SCOATNet
 #   benchmarks/run_on_gpu.sh cohort           many scans, from files to files
 #   benchmarks/run_on_gpu.sh ops              the fused operations: Triton, CUDA, eager and torch.compile
 #   benchmarks/run_on_gpu.sh weights DATA     trains scoat-w32 at 512x512 (goes on where it was stopped)
@@ -49,6 +50,10 @@ case $part in
       --seconds 1 --commit "$commit" -o "$out/model_tuned.json"
     cat "$out/cache/scoat_fast/tiles.json"
     ;;
+  train)
+    timeout -k 10 570 python3 -m scoat_fast.cli bench train --width 32 --batch 16 --compile --seconds 2 \
+      --commit "$commit" -o "$out/train.json"
+    ;;
   cohort)
     timeout -k 10 500 python3 -m scoat_fast.cli bench cohort examples/ct.nii.gz --copies 1000 --device cuda \
       --commit "$commit" -o "$out/cohort.json"
@@ -59,8 +64,8 @@ case $part in
       timeout -k 10 "$2" python3 -m scoat_fast.cli bench ops --device cuda --layout both --seconds 0.1 \
         --commit "$commit" -o "$out/$1.json" "${@:3}" >"$out/$1.log" 2>&1 ||
         { echo "$1: exit code $?" && tail -2 "$out/$1.log"; }
-      head -3 "$out/$1.log" && grep 'no time' "$out/$1.log" | cut -c-200 | head -10
-      grep -E ' (triton|cuda) ' "$out/$1.log" | grep -v 'no time' | cut -c-134 | head -18
+      head -3 "$out/$1.log" && grep 'no time' "$out/$1.log" | cut -c-203 | head -10
+      grep -E ' (triton|cuda) ' "$out/$1.log" | grep -v 'no time' | cut -c-137 | head -18
     }
     bench_ops ops_bfloat16 250 --dtype bfloat16 --batch 32
     bench_ops ops_bfloat16_small 90 --dtype bfloat16 --batch 8 1 --implementation eager triton cuda
@@ -77,7 +82,7 @@ case $part in
     tail -3 "$out/metrics.csv"
     ;;
   *)
-    sed -n '2,14p' "$0"
+    sed -n '2,15p' "$0"
     exit 2
     ;;
 esac

@@ -195,6 +195,17 @@ def bench_model(args: argparse.Namespace) -> int:
     return EXIT_OK if passed(result) else EXIT_FAILED_CASES
 
 
+def bench_train(args: argparse.Namespace) -> int:
+    from .bench.train import passed, run
+    from .segmentation.inference import find_device
+
+    device = find_device(args.device)
+    result = run(
+        device, args.width, args.batch, args.size, args.steps, args.seconds, args.compile, args.commit, args.output
+    )
+    return EXIT_OK if passed(result) else EXIT_FAILED_CASES
+
+
 def bench_cohort(args: argparse.Namespace) -> int:
     from .bench.cohort import run
 
@@ -613,6 +624,26 @@ def _add_bench(commands) -> None:
         "--autotune", action="store_true", help="the engine with tiles tuned on this GPU, too: minutes"
     )
     command.add_argument("--details", action="store_true", help="also the engine's steps, and PyTorch's convolutions")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    command.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each row (default: %(default)s)")
+    command.add_argument("--commit", default="", help="what is measured, where there is no git")
+    command.add_argument("-o", "--output", type=_path, metavar="FILE", help="also write the numbers here, as JSON")
+    command = benches.add_parser(
+        "train",
+        help="time a step of training",
+        description="Times forward pass, loss, backward pass and optimizer of the published network in stock PyTorch, "
+        "eager and compiled, and of SCOATNet. Each is checked first: its gradient against float64, its losses against "
+        "eager's. What fails gets no time, and the exit code is 3.",
+        epilog=EXIT_CODES,
+    )
+    command.set_defaults(run=bench_train)
+    command.add_argument("--width", type=_positive, nargs="+", default=[32], metavar="W", help="default: 32")
+    command.add_argument("--batch", type=_positive, nargs="+", default=[1], metavar="N", help="default: 1")
+    command.add_argument("--size", type=_size, default=512, help="of the slices (default: %(default)s)")
+    command.add_argument(
+        "--steps", type=_positive, default=50, metavar="N", help="of which losses are compared (default: 50)"
+    )
+    command.add_argument("--compile", action="store_true", help="torch.compile, too: minutes")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     command.add_argument("--seconds", type=float, default=3.0, metavar="S", help="for each row (default: %(default)s)")
     command.add_argument("--commit", default="", help="what is measured, where there is no git")

@@ -14,6 +14,7 @@ import torch
 from scoat_fast import clock, ops
 from scoat_fast.bench import calls, check, machine, table
 from scoat_fast.bench import cohort as cohort_bench
+from scoat_fast.bench import train as bench_train
 from scoat_fast.bench.chart import draw
 from scoat_fast.bench.chart import table as table_of
 from scoat_fast.bench.ops import Plan, passed, run
@@ -269,6 +270,31 @@ def test_results_as_a_table(tmp_path):
     (tmp_path / "none.json").write_text(nothing)
     with pytest.raises(BadInputError, match="got none"):
         table_of(tmp_path / "none.json")
+
+
+def test_steps_of_training_are_checked_before_they_are_timed(tmp_path, monkeypatch):
+    options = {"widths": (4,), "batches": (2,), "size": 32, "steps": 3, "seconds": 0.0}
+    result = bench_train.run(torch.device("cpu"), **options, commit="abc", output=tmp_path / "train.json")
+    assert json.loads((tmp_path / "train.json").read_text()) == result and result["commit"] == "abc"
+    assert [row["name"] for row in result["rows"]][::2] == ["eager float32", "SCOATNet float32"]
+    assert bench_train.passed(result)
+    for row in result["rows"]:
+        assert row["ms_per_step"] > 0 and row["images_per_s"] == pytest.approx(2000 / row["ms_per_step"])
+        assert len(row["losses"]) == 3 and row["losses"][0] == pytest.approx(result["rows"][0]["losses"][0], rel=1e-4)
+        assert row["ratio_to_eager"] > 0 and row["error"] < 0.05 and row["peak_mib"] is None
+    monkeypatch.setattr(bench_train, "CURVE_BOUND", -1.0)
+    rows = bench_train.run(torch.device("cpu"), **options)["rows"]
+    assert [row["ms_per_step"] is None for row in rows] == [False, True, True, True]
+    assert "losses lie" in rows[1]["reason"] and not bench_train.passed({"rows": rows})
+    monkeypatch.setattr(bench_train, "BOUND", {torch.float32: -1.0})
+    rows = bench_train.run(torch.device("cpu"), **options)["rows"]
+    assert all("its gradient's error" in row["reason"] and row["losses"] is None for row in rows)
+
+
+def test_discs_are_there_to_be_found():
+    images, masks = bench_train.slices(6, 64)
+    assert images.shape == masks.shape == (6, 1, 64, 64) and images.min() >= 0 and images.max() <= 1
+    assert (masks.sum((1, 2, 3)) > 0).all() and images[masks == 1].mean() > images[masks == 0].mean() + 0.3
 
 
 def test_the_readme_says_what_the_results_say():

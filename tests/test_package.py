@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "info": {"weights"},
     "export": {"errors", "files", "model"},
     "doctor": {"engine", "errors", "files", "info", "model", "ops"},
-    "bench": {"clock", "doctor", "engine", "errors", "files", "imaging", "model", "ops", "segmentation"},
+    "bench": {"clock", "doctor", "engine", "errors", "files", "imaging", "model", "ops", "segmentation", "train"},
     "cli": {
         "bench",
         "doctor",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 COLUMNS = (
-    ("op", 13),
+    ("op", 16),
     ("implementation", 15),
     ("sample", 15),
     ("dtype", 9),
