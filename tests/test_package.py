@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import scoat_fast
+from scoat_fast import cli
 from scoat_fast.cli import main
 
 ROOT = Path(scoat_fast.__file__).parent
@@ -86,6 +87,15 @@ def test_info_is_lean_and_true(capsys):
 
 def test_the_network_needs_no_image_library():
     assert not (HEAVY - {"torch", "numpy"}) & modules_after("import scoat_fast; scoat_fast.SCOATNet(width=3)")
+
+
+def test_the_command_line_knows_what_there_is():
+    """Its choices are spelled out there, so that asking for help imports nothing."""
+    from scoat_fast.ops import ALL
+    from scoat_fast.train.losses import LOSSES
+
+    assert tuple(LOSSES) == cli.LOSSES
+    assert tuple(op.name for op in ALL) == cli.OPERATIONS
 
 
 @pytest.mark.parametrize("name", scoat_fast.__all__)

@@ -76,7 +76,9 @@ def attention(
     write()
 
 
-def over_time(visits: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray, float]]], ml: Sequence[float], path: Path):
+def over_time(
+    visits: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray, float]]], ml: Sequence[float], path: Path
+) -> None:
     """Figure 6: a column for each date; an axial slice with the date over a coronal one with mL, the opacity in red.
 
     Args:
