@@ -37,5 +37,5 @@ def backward(
         _native.norm_backward(gradient, None, x, *three, dx)
     else:
         _native.norm_backward(dout, out, x, *three, dx)
-    dresidual = gradient if has_residual else x.new_empty(0)
+    dresidual = gradient if has_residual else x.new_empty((0,))
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype), dresidual

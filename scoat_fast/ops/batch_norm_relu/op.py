@@ -58,7 +58,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps:
 
 
 def _outputs(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    statistics = [x.new_empty(x.shape[1], dtype=_layout.accumulator(x.dtype)) for _ in range(2)]
+    statistics = [x.new_empty(x.shape[1:2], dtype=_layout.accumulator(x.dtype)) for _ in range(2)]
     return _layout.new_like(x, *x.shape[1:]), *statistics
 
 
@@ -70,7 +70,7 @@ def _outputs_backward(
         dx,
         torch.empty_like(weight),
         torch.empty_like(weight),
-        torch.empty_like(dx) if has_residual else x.new_empty(0),
+        torch.empty_like(dx) if has_residual else x.new_empty((0,)),
     )
 
 

@@ -37,7 +37,7 @@ def backward(
     count = x.shape[0] * x.shape[2] * x.shape[3]
     centred = gradient - _of_channels(dbias / count) - normalized * _of_channels(dweight / count)
     dx = centred * _of_channels(weight.to(mean.dtype) * (var + eps).rsqrt())
-    dresidual = gradient.to(x.dtype) if has_residual else x.new_empty(0)
+    dresidual = gradient.to(x.dtype) if has_residual else x.new_empty((0,))
     laid_out = [t.to(x.dtype).contiguous(memory_format=memory_format(x)) if t.ndim == 4 else t for t in (dx, dresidual)]
     return laid_out[0], dweight.to(weight.dtype), dbias.to(weight.dtype), laid_out[1]
 
