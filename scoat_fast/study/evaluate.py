@@ -93,10 +93,10 @@ def mean(rows: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
     return {name: math.fsum(known) / len(known) if known else None for name, known in values.items()}
 
 
-def table(rows: dict[str, dict], first: str = "case") -> str:
+def table(rows: dict[str, dict]) -> str:
     """Numbers by case and name as a Markdown table; shares in percent, as in the paper."""
     columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows.values())]
-    lines = [f"| {first} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for case, row in rows.items():
         values = [(row.get(name), 1 if name.endswith("mL") else 100) for name in columns]
         cells = ["-" if value is None else f"{value * scale:.2f}" for value, scale in values]

@@ -24,10 +24,10 @@ from ..train.config import Config, default_recipe
 from ..train.data import Slice, fold_patients, load, of_patients, read_index
 from .metrics import Counts, count, scores
 from .networks import build
-from .tables import Result, write_tables
+from .tables import RESULT, Result, write_tables
 
 STRIDE = 32  # of the ResNets: slices are a multiple of it
-RESULT, PREDICTIONS = "result.json", "predictions"
+PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def run(study: Study, data: Path, output: Path, device: str, quiet: bool = False
     """
     from lightning_fabric import Fabric
 
+    from ..train.trainer import CHECKPOINT
+
     if study.size % STRIDE:
         raise ScoatFastError(f"--size must be a multiple of {STRIDE}, got {study.size}")
     for name in study.networks:  # what cannot be built is told before hours have passed
@@ -92,7 +94,7 @@ def run(study: Study, data: Path, output: Path, device: str, quiet: bool = False
                 about = {"network": network, "loss": loss, "fold": fold, "folds": study.folds}
                 made_by = {"scoat_fast": __version__, "device": device, "config": _described(config)}
                 write_text(folder / RESULT, json.dumps(about | made_by | asdict(result), indent=1) + "\n")
-                (folder / "checkpoint.pt").unlink()
+                (folder / CHECKPOINT).unlink()
                 write_tables(output)
     write_tables(output)
 

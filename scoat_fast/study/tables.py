@@ -15,6 +15,7 @@ from ..files import write_text
 from .metrics import METRICS
 from .networks import TABLE_2, TABLE_3
 
+RESULT = "result.json"  # of a run, in its folder
 OURS = ("scoat", "bce-dice")  # what the others are compared with
 LOSSES = ("mae", "iou", "bce", "dice", "focal", "bce-dice")
 CONFIDENCE, RESAMPLES, SEED = 0.95, 9999, 0
@@ -60,7 +61,7 @@ class Result:
 def write_tables(output: Path) -> None:
     """Writes ``study.json``, all results of the runs in a folder, and ``tables.md``. Raises BadInputError."""
     runs = []
-    for path in sorted((output / "runs").glob("*/result.json")):
+    for path in sorted((output / "runs").glob(f"*/{RESULT}")):
         try:
             runs.append(json.loads(path.read_bytes()))
         except (OSError, ValueError) as error:

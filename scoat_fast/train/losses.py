@@ -100,7 +100,6 @@ LOSSES = {
     "bce-dice": hybrid_loss,
     "bce-dice-literal": literal_hybrid_loss,
 }
-SUPERVISE = ("mean", "last", "1", "2", "3", "4")
 
 
 def supervised(loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor | Sequence[Tensor], target: Tensor, on: str):
