@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,12 @@ def test_figure_six_of_the_example(tmp_path, capsys):
     assert Image.open(tmp_path / "6.png").size[0] > 400
     assert run("figure", 6, given[0], "-o", tmp_path / "6.png") == EXIT_USAGE
     assert "two or more different dates" in capsys.readouterr().err
+
+
+def test_a_study_without_its_extra_says_what_it_needs(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    assert run("study", data, "-o", tmp_path / "out", "--networks", "scoat", *TINY) == EXIT_USAGE
+    assert "pip install 'scoat-fast[study]'" in capsys.readouterr().err
 
 
 def test_data_that_cannot_be_studied(data, tmp_path, capsys):

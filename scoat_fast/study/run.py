@@ -68,10 +68,12 @@ def run(study: Study, data: Path, output: Path, device: str, quiet: bool = False
         ScoatFastError: for a network or loss that is none, without its library, or where ``output`` holds a run that
             was trained otherwise. BadInputError: for data that cannot be used.
     """
-    from lightning_fabric import Fabric
+    try:
+        from lightning_fabric import Fabric
 
-    from ..train.trainer import CHECKPOINT
-
+        from ..train.trainer import CHECKPOINT
+    except ImportError as error:
+        raise ScoatFastError(f"a study needs the extra: pip install 'scoat-fast[study]' ({error})") from error
     if study.size % STRIDE:
         raise ScoatFastError(f"--size must be a multiple of {STRIDE}, got {study.size}")
     for name in study.networks:  # what cannot be built is told before hours have passed
