@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops import batch_norm_relu, channel_gate, spatial_gate, upsample
+from .ops.batch_norm_relu.op import normalize_again
+from .recompute import forget
 
 EQUATIONS = ("published", "paper")
 REDUCTION = 16  # r of equation 5
@@ -23,6 +26,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         if not own_statistics or self.weight is None or torch.compiler.is_exporting():
             return _relu_of_sum(super().forward(x), residual)
         y, mean, var = batch_norm_relu(x, self.weight, self.bias, residual, self.eps)
+        if residual is None:
+            forget(y, partial(normalize_again, eps=self.eps), x, self.weight, self.bias, mean, var)
         if self.training and self.track_running_stats:
             self._track(mean, var, x.numel() // x.shape[1])
         return y
@@ -91,7 +96,8 @@ class ChannelAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:  # [N, C, H, W], [N, C] -> [N, C, H, W]
-        return channel_gate(x, self.fc[0].weight, self.fc[2].weight, means)
+        given = (x, self.fc[0].weight, self.fc[2].weight, *(() if means is None else (means,)))
+        return forget(channel_gate(*given), channel_gate, *given)
 
 
 class GatedBlock(ResidualBlock):
@@ -136,13 +142,21 @@ class SpatialAttention(nn.Module):
         its pixels; and the attention map [N, 1, 2h, 2w].
         """
         (project, normalize), (convolve, norm) = self.W_y, self.W_x
-        from_row, from_below = convolve(row[-1]), normalize(upsample(project(y)))  # W_y up(y) = up(W_y y)
+        projected = project(y)  # W_y up(y) = up(W_y y)
+        from_row, from_below = convolve(row[-1]), normalize(forget(upsample(projected), upsample, projected))
         if self.equations == "paper":
             joined = norm_relu(norm, from_row) + F.relu(from_below)
         else:
             joined = norm_relu(norm, from_row, from_below)
         attention = self.active(joined)
-        return *spatial_gate(y, attention, row, return_means=True), attention
+        joined, means = spatial_gate(y, attention, row, return_means=True)
+        forget(joined, lambda y, attention, *row: spatial_gate(y, attention, row), y, attention, *row)
+        return joined, means, attention
+
+
+def join(row: Sequence[Tensor], y: Tensor) -> Tensor:
+    """``row``, each [N, C, 2h, 2w], and the upsampled ``y`` [N, D, h, w], concatenated."""
+    return forget(upsample(y, row), lambda y, *row: upsample(y, row), y, *row)
 
 
 def initialize(module: nn.Module) -> None:

@@ -14,9 +14,10 @@ from .layers import (
     ResidualBlock,
     SpatialAttention,
     initialize,
+    join,
     pad_to_multiple,
 )
-from .ops import upsample
+from .recompute import recomputing
 
 LEVELS = 5
 ATTENTION_NODES = ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3))
@@ -135,19 +136,8 @@ class SCOATNet(nn.Module):
         if input.ndim != 4 or input.shape[1] != self.in_channels or 0 in input.shape[2:]:
             raise ValueError(f"SCOATNet wants [N, {self.in_channels}, H, W], got {tuple(input.shape)}")
         height, width = input.shape[2:]
-        x: dict[tuple[int, int], Tensor] = {(0, 0): self.conv0_0(pad_to_multiple(input, 2 ** (LEVELS - 1)))}
-        for i in range(1, LEVELS):
-            x[i, 0] = getattr(self, f"conv{i}_0")(self.pool(x[i - 1, 0]))
-        attention: dict[tuple[int, int], Tensor] = {}
-        for j in range(1, LEVELS):
-            for i in reversed(range(LEVELS - j)):
-                row, below, block = [x[i, k] for k in range(j)], x[i + 1, j - 1], getattr(self, f"conv{i}_{j}")
-                if i == 0:
-                    x[i, j] = block(upsample(below, row))
-                else:
-                    joined, means, attention[i, j] = getattr(self, f"att{i}_{j}")(row, below)
-                    x[i, j] = block(joined, means)
-
+        with recomputing():
+            x, attention = self._grid(pad_to_multiple(input, 2 ** (LEVELS - 1)))
         if self.deep_supervision:
             output = [getattr(self, f"final{j}")(x[0, j])[:, :, :height, :width] for j in range(1, LEVELS)]
         else:
@@ -157,6 +147,21 @@ class SCOATNet(nn.Module):
         return output, {
             f"x{i}{j}": attention[i, j][:, :, : -(-height // 2**i), : -(-width // 2**i)] for i, j in ATTENTION_NODES
         }
+
+    def _grid(self, input: Tensor) -> tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], Tensor]]:
+        """The nodes and the attention maps, by level and column."""
+        x, attention = {(0, 0): self.conv0_0(input)}, {}
+        for i in range(1, LEVELS):
+            x[i, 0] = getattr(self, f"conv{i}_0")(self.pool(x[i - 1, 0]))
+        for j in range(1, LEVELS):
+            for i in reversed(range(LEVELS - j)):
+                row, below, block = [x[i, k] for k in range(j)], x[i + 1, j - 1], getattr(self, f"conv{i}_{j}")
+                if i == 0:
+                    x[i, j] = block(join(row, below))
+                else:
+                    joined, means, attention[i, j] = getattr(self, f"att{i}_{j}")(row, below)
+                    x[i, j] = block(joined, means)
+        return x, attention
 
 
 def _one_spelling(name: str, value: int, default: int, **others: int | None) -> int:

@@ -281,7 +281,9 @@ def test_steps_of_training_are_checked_before_they_are_timed(tmp_path, monkeypat
     for row in result["rows"]:
         assert row["ms_per_step"] > 0 and row["images_per_s"] == pytest.approx(2000 / row["ms_per_step"])
         assert len(row["losses"]) == 3 and row["losses"][0] == pytest.approx(result["rows"][0]["losses"][0], rel=1e-4)
-        assert row["ratio_to_eager"] > 0 and row["error"] < 0.05 and row["peak_mib"] is None
+        assert row["ratio_to_eager"] > 0 and row["error"] < 0.05
+    for eager, ours in zip(result["rows"][:2], result["rows"][2:], strict=True):  # what is cheap to make is not kept
+        assert 0.3 < ours["peak_mib"] / eager["peak_mib"] < 0.8
     monkeypatch.setattr(bench_train, "CURVE_BOUND", -1.0)
     rows = bench_train.run(torch.device("cpu"), **options)["rows"]
     assert [row["ms_per_step"] is None for row in rows] == [False, True, True, True]

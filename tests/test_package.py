@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "files": {"errors"},
     "imaging": {"errors", "files"},
     "ops": {"_C", "errors"},
-    "layers": {"ops"},
-    "model": {"layers", "ops", "pretrained"},  # from_pretrained, inside the function
+    "recompute": set(),
+    "layers": {"ops", "recompute"},
+    "model": {"layers", "pretrained", "recompute"},  # from_pretrained, inside the function
     "pretrained": {"errors", "files", "imaging", "model", "weights"},
     "clock": set(),
     "engine": {"_C", "clock", "errors", "files", "layers", "model", "ops"},

@@ -28,7 +28,9 @@ from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
 from scoat_fast.imaging.window import LUNG, Window
 from scoat_fast.pretrained import Pretrained, save
 from scoat_fast.segmentation.inference import Segmenter
+from scoat_fast.train import batches as batches_module
 from scoat_fast.train.augment import augment
+from scoat_fast.train.batches import Batches, Waiting
 from scoat_fast.train.config import Stage, default_recipe, paper_recipe
 from scoat_fast.train.data import COLUMNS, fold_patients, load, of_patients, read_index, split
 from scoat_fast.train.evaluate import evaluate, table
@@ -235,6 +237,32 @@ def test_schedules():
     assert default_recipe(7).stages[0].epochs == 7
 
 
+# Batches
+
+
+def test_batches_hold_what_was_loaded():
+    images, masks = (torch.randint(top, (6, 1, 4, 4), dtype=torch.uint8) for top in (256, 2))
+    batches = Batches(images, masks, torch.device("cpu"))
+    chosen = torch.tensor([5, 0, 3])
+    drawn = batches.draw(chosen, None)
+    assert len(batches) == 6
+    assert torch.equal(drawn[0], images[chosen] / 255) and torch.equal(drawn[1], masks[chosen].float())
+    changed = batches.draw(chosen, torch.Generator().manual_seed(1))
+    wanted = augment(*drawn, torch.Generator().manual_seed(1))
+    assert all(torch.equal(a, b) for a, b in zip(changed, wanted, strict=True))
+    assert torch.equal(images[chosen] / 255, batches.draw(chosen, None)[0])  # no draw changes what lies there
+
+
+def test_waiting_is_the_share_without_a_batch(monkeypatch):
+    now = iter([10.0, 11.0, 14.0, 14.5, 20.0])
+    monkeypatch.setattr(batches_module.time, "perf_counter", lambda: next(now))
+    waiting = Waiting(torch.device("cpu"))
+    assert waiting.share() == 0
+    for _ in range(5):
+        waiting.mark()
+    assert waiting.share() == pytest.approx((1 + 0.5) / 10)
+
+
 # Runs
 
 TINY = ("--width", "3", "--size", "32", "--epochs", "2", "--validate", "p2", "--exclude", "p3", "--batch-size", "4",
@@ -257,6 +285,7 @@ def test_a_run_leaves_weights_logs_and_scores(data, tmp_path, capsys):
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert all(0 < float(row["loss"]) < 5 and 0 <= float(row["dice"]) <= 1 for row in rows)
+    assert all(0 < float(row["waiting"]) < 1 for row in rows)
     assert list((run / "tensorboard").iterdir())
     assert json.loads((run / "config.json").read_text())["validate"] == ["p2"]
     scores = json.loads((run / "validation.json").read_text())
@@ -300,14 +329,10 @@ KILLED = textwrap.dedent(
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path, recipe):
     """16 slices in batches of 4: the default recipe has 8 steps here, the paper's two stages have 16."""
-    threads = dict(os.environ, OMP_NUM_THREADS="2")
 
     def attempt(name, kill_at):
         command = [sys.executable, "-c", KILLED, str(kill_at), "train", str(data), "-o", str(tmp_path / name), *TINY]
-        result = subprocess.run(
-            [*command, "--recipe", recipe], capture_output=True, text=True, timeout=120, env=threads
-        )
-        return result.returncode
+        return subprocess.run([*command, "--recipe", recipe], capture_output=True, timeout=120).returncode
 
     assert attempt("whole", 1000) == EXIT_OK
     for kill_at in (3, 4):  # in the first epoch, in the second

@@ -106,7 +106,7 @@ def batch_norm_relu_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: T
         mean, var = per_channel.statistics(sums, pivot, per_channel.count_of(x))
         scale, shift = (per_channel.for_slices(each, x) for each in per_channel.forward(weight, bias, mean, var, eps))
         _native.norm(x, residual, scale, shift, out)
-        return [out, mean.float(), var.float()]
+        return [out, mean, var]
 
     return call
 

@@ -12,7 +12,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 # [N, C, h, w]: a pixel, a row, a column, an empty batch, channels that fill no register and that fill four and more,
 # and rows of whole vectors that are longer than a tile of sums; small, for the sake of interpreters
-AWKWARD = ((1, 1, 1, 1), (2, 3, 1, 5), (1, 16, 3, 1), (0, 4, 3, 3), (2, 35, 3, 5), (1, 67, 2, 3), (1, 16, 3, 20))
+AWKWARD = ((1, 1, 1, 1), (2, 3, 1, 5), (1, 16, 3, 1), (0, 4, 3, 3), (1, 35, 3, 5), (1, 67, 2, 3), (1, 16, 3, 20))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Random changes to a batch of slices, the same for the same generator on every device."""
+"""Random changes to a batch of slices, on its device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def augment(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[
     Args:
         images: [N, 1, S, S] in 0..1.
         masks: [N, 1, S, S] in 0 and 1.
-        generator: a CPU generator; its state alone decides what is drawn.
+        generator: a CPU generator; its state decides what is drawn: the noise on the device, else the same on all.
     """
     n = len(images)
 
@@ -44,7 +44,8 @@ def augment(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[
     )
     gamma, contrast, brightness = uniform(GAMMA).exp(), 1 + uniform(CONTRAST), uniform(BRIGHTNESS)
     blur, noise = torch.rand(n, generator=generator) * BLUR, torch.rand(n, generator=generator) * NOISE
-    grain = torch.randn(images.shape, generator=generator)
+    seed = torch.randint(2**62, (), generator=generator).item()
+    grain = torch.randn(images.shape, generator=torch.Generator(images.device).manual_seed(seed), device=images.device)
 
     def each(values: Tensor) -> Tensor:
         return values.to(images.device)[:, None, None, None]
@@ -54,5 +55,5 @@ def augment(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[
     images, masks = both[:, :1], (both[:, 1:] > 0.5).to(masks.dtype)
     images = images + each(blur) * (F.avg_pool2d(images, 3, 1, 1, count_include_pad=False) - images)
     images = (images.clamp(0, 1) ** each(gamma) - 0.5) * each(contrast) + 0.5 + each(brightness)
-    images = images + each(noise) * grain.to(images.device)
+    images = images + each(noise) * grain
     return images.clamp(0, 1), masks

@@ -123,13 +123,16 @@ def load(slices: Sequence[Slice], size: int, window: Window, quiet: bool = False
 
     Everything stays in memory: 2 * N * size**2 bytes.
     """
+    images, masks = (torch.empty(len(slices), 1, size, size, dtype=torch.uint8) for _ in range(2))
 
-    def one(slice: Slice) -> tuple[Tensor, Tensor]:
-        image, mask = slice.read(window)
+    def one(k: int) -> None:
+        image, mask = slices[k].read(window)
         both = torch.from_numpy(np.stack([image, mask.astype(np.float32)]))[None]
         both = to_square(both, SQUARE_PIXELS, size)[0]
-        return (both[:1] * 255).round().to(torch.uint8), (both[1:] > 0.5).to(torch.uint8)
+        images[k], masks[k] = (both[:1] * 255).round(), both[1:] > 0.5
 
     with ThreadPoolExecutor() as pool:
-        loaded = list(tqdm(pool.map(one, slices), "slices", len(slices), disable=True if quiet else None, leave=False))
-    return torch.stack([image for image, _ in loaded]), torch.stack([mask for _, mask in loaded])
+        done = pool.map(one, range(len(slices)))
+        for _ in tqdm(done, "slices", len(slices), disable=True if quiet else None, leave=False):
+            pass
+    return images, masks

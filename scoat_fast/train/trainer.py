@@ -26,7 +26,7 @@ from ..files import make_folder, write_atomically, write_csv, write_text
 from ..imaging.window import Window
 from ..model import SCOATNet
 from ..pretrained import Pretrained, load, save
-from .augment import augment
+from .batches import Batches, Waiting
 from .config import Config, Stage
 from .data import Slice, read_index, split
 from .data import load as load_slices
@@ -47,6 +47,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # of the epoch
     history: list[dict] = field(default_factory=list)  # a row an epoch
     seconds: float = 0.0
+    waiting: float = 0.0  # share of the epoch's time, since it was begun or resumed
     best_dice: float = -1.0
 
 
@@ -89,7 +90,7 @@ class Trainer:
             )
         self.inputs = _digests(config, [*train, *self.validation])
         quiet = quiet or fabric.global_rank > 0
-        self.images, self.masks = (t.to(fabric.device) for t in load_slices(train, config.size, self.window, quiet))
+        self.batches = Batches(*load_slices(train, config.size, self.window, quiet), fabric.device)
         self.held_out = load_slices(self.validation, config.size, self.window, quiet) if self.validation else None
         self.steps_per_epoch = len(train) // recipe.batch_size
 
@@ -127,7 +128,7 @@ class Trainer:
 
     def _train_epoch(self, stage: Stage) -> None:
         progress, started = self.progress, time.monotonic()
-        order = torch.randperm(len(self.images), generator=self._generator(progress.epoch, -1))
+        order = torch.randperm(len(self.batches), generator=self._generator(progress.epoch, -1))
         silent = self.quiet or not self.fabric.is_global_zero
         bar = tqdm(
             range(progress.step, self.steps_per_epoch),
@@ -138,24 +139,37 @@ class Trainer:
             leave=False,
         )
         self.net.train()
+        waiting, before = Waiting(self.fabric.device), None
+        waiting.mark()
         for step in bar:
             rate = stage.rate(progress.epoch * self.steps_per_epoch + step, self.steps_per_epoch)
-            loss = self._train_step(order, step, rate)
-            progress.losses.append(loss)
-            progress.step = step + 1
-            bar.set_postfix(loss=f"{sum(progress.losses) / len(progress.losses):.4f}", dice=self._last_dice())
-            if time.monotonic() - started > CHECKPOINT_SECONDS:
-                progress.seconds += time.monotonic() - started
+            loss = self._train_step(order, step, rate, waiting)
+            if before is not None:
+                self._note(before)  # while the device works on this step
+            before = loss
+            if progress.losses:
+                bar.set_postfix(loss=f"{sum(progress.losses) / len(progress.losses):.4f}", dice=self._last_dice())
+            if step + 1 == self.steps_per_epoch or time.monotonic() - started > CHECKPOINT_SECONDS:
+                self._note(before)
+                before, progress.seconds = None, progress.seconds + time.monotonic() - started
                 started = time.monotonic()
-                self._save_checkpoint()
-        progress.seconds += time.monotonic() - started
+                if step + 1 < self.steps_per_epoch:
+                    self._save_checkpoint()
+        progress.waiting = waiting.share()
 
-    def _train_step(self, order: Tensor, step: int, rate: float) -> float:
+    def _note(self, loss: Tensor) -> None:
+        """Takes down the loss of a step, for which it waits. Raises ScoatFastError for one that is not finite."""
+        value, progress = loss.item(), self.progress
+        progress.step += 1
+        if not value < float("inf"):
+            raise ScoatFastError(f"the loss became {value} in epoch {progress.epoch + 1}, step {progress.step}")
+        progress.losses.append(value)
+
+    def _train_step(self, order: Tensor, step: int, rate: float, waiting: Waiting) -> Tensor:
         recipe, size = self.config.recipe, self.config.recipe.batch_size
-        chosen = order[step * size : (step + 1) * size]
-        images, masks = self.images[chosen].float() / 255, self.masks[chosen].float()
-        if recipe.augment:
-            images, masks = augment(images, masks, self._generator(self.progress.epoch, step))
+        generator = self._generator(self.progress.epoch, step) if recipe.augment else None
+        images, masks = self.batches.draw(order[step * size : (step + 1) * size], generator)
+        waiting.mark()
         # every process draws the whole batch and takes its share, so that their number changes nothing
         share = slice(self.fabric.global_rank, None, self.fabric.world_size)
         images = images[share].contiguous(memory_format=torch.channels_last)
@@ -169,10 +183,8 @@ class Trainer:
         self.optimizer.zero_grad()
         if recipe.ema_decay:
             self.average.update_parameters(self.plain_net)
-        value = self.fabric.all_reduce(loss.detach(), reduce_op="mean").item()
-        if not value < float("inf"):
-            raise ScoatFastError(f"the loss became {value} in epoch {self.progress.epoch + 1}, step {step + 1}")
-        return value
+        waiting.mark()
+        return self.fabric.all_reduce(loss.detach(), reduce_op="mean")
 
     @torch.no_grad()
     def _validate(self) -> float | None:
@@ -201,6 +213,7 @@ class Trainer:
             "loss": sum(progress.losses) / len(progress.losses),
             "dice": "" if dice is None else dice,
             "seconds": round(progress.seconds, 1),
+            "waiting": round(progress.waiting, 4),
         }
         progress.history.append(row)
         if dice is None or dice > progress.best_dice:
@@ -212,14 +225,17 @@ class Trainer:
             self._write_log()
 
     def _write_log(self) -> None:
-        write_csv(self.folder / "metrics.csv", list(self.progress.history[0]), self.progress.history)
+        write_csv(self.folder / "metrics.csv", list(self.progress.history[-1]), self.progress.history)
         number, row = len(self.progress.history), self.progress.history[-1]
         with SummaryWriter(self.folder / "tensorboard", purge_step=number) as board:
             for name in ("loss", "dice", "rate"):
                 if row[name] != "":
                     board.add_scalar(name, row[name], number)
         if not self.quiet:
-            tqdm.write(f"stage {row['stage']} epoch {row['epoch']}: loss {row['loss']:.4f}, dice {self._last_dice()}")
+            tqdm.write(
+                f"stage {row['stage']} epoch {row['epoch']}: loss {row['loss']:.4f}, dice {self._last_dice()}, "
+                f"waiting {row['waiting']:.1%}"
+            )
 
     def _save_checkpoint(self) -> None:
         if not self.fabric.is_global_zero:  # and nobody waits: the processes' clocks differ, so may their calls

@@ -1,4 +1,8 @@
-"""What is the same for all pixels of a channel, from sums over them; shared by the kernels. All [C], in float64."""
+"""What is the same for all pixels of a channel, from sums over them; shared by the kernels.
+
+All [C]; computed in float64, but the statistics are rounded to float32, as which they are returned and kept: whoever
+normalises by them again then gets the same bits.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ def statistics(sums: Tensor, pivot: Tensor, count: int) -> tuple[Tensor, Tensor]
     """Mean and biased variance from the sums of ``x - pivot`` and of its square, [2 C], over ``count`` pixels."""
     first, second = sums.chunk(2)
     offset = first / count
-    return pivot + offset, (second / count - offset.square()).clamp(min=0)
+    return (pivot + offset).float(), (second / count - offset.square()).clamp(min=0).float()
 
 
 def forward(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The scale and the shift that normalise."""
-    scale = weight.double() * (var + eps).rsqrt()
-    return scale, bias.double() - mean * scale
+    scale = weight.double() * (var.double() + eps).rsqrt()
+    return scale, bias.double() - mean.double() * scale
 
 
 def backward(

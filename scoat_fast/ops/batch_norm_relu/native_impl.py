@@ -20,10 +20,16 @@ def forward(
     pivot = per_channel.pivot(x)
     sums = _native.moments(x, per_channel.for_slices(pivot, x)).over_batch()
     mean, var = per_channel.statistics(sums, pivot, per_channel.count_of(x))
+    return normalize(x, weight, bias, residual, mean, var, eps), mean, var
+
+
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
     scale, shift = per_channel.forward(weight, bias, mean, var, eps)
     out = new_like(x, *x.shape[1:])
     _native.norm(x, residual, per_channel.for_slices(scale, x), per_channel.for_slices(shift, x), out)
-    return out, mean.float(), var.float()
+    return out
 
 
 def backward(

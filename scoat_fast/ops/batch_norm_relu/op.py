@@ -2,7 +2,7 @@
 
 One pass over ``x`` for its statistics, one to normalise, add and clip; backward, one for two sums and one for ``dx``.
 What lies between normalisation and ReLU is never written, and nothing but ``x`` and the result is kept for the backward
-pass, which the convolutions before and after keep anyway.
+pass, which the convolutions before and after keep anyway; ``normalize_again`` makes the result from ``x``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks, _layout
+from .._backend import choose
 from .._register import Operation, register
 from . import reference
 
@@ -39,6 +40,11 @@ def batch_norm_relu(
         check(x, weight, bias, residual, eps)
         return reference.forward(x, weight, bias, residual, eps)
     return _forward(x, weight, bias, residual, eps)
+
+
+def normalize_again(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """The first of ``batch_norm_relu(x, weight, bias, None, eps)`` from the other two, bit for bit; no gradients."""
+    return choose("batch_norm_relu", x, weight, bias, None, eps).normalize(x, weight, bias, None, mean, var, eps)
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> None:

@@ -22,10 +22,16 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, var = statistics(x)
+    return normalize(x, weight, bias, residual, mean, var, eps), mean, var
+
+
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
     out = _normalized(x, mean, var, eps) * _of_channels(weight.to(mean.dtype)) + _of_channels(bias.to(mean.dtype))
     if residual is not None:
         out = out + residual
-    return out.relu().to(x.dtype).contiguous(memory_format=memory_format(x)), mean, var
+    return out.relu().to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
 def backward(

@@ -18,10 +18,13 @@ def tiny(dtype: torch.dtype, device: str) -> Iterator[Sample]:
 
 def awkward(dtype: torch.dtype, device: str) -> Iterator[Sample]:
     def samples(make: Maker) -> Iterator[Sample]:
-        for n, c, h, w in AWKWARD:
+        for k, (n, c, h, w) in enumerate(AWKWARD):
             y, attention = make.normal(n, c, h, w), make.uniform(n, 1, 2 * h, 2 * w)
-            yield Sample(f"{n}x{c}x{h}x{w}", (y, attention, [], False))
-            yield Sample(f"{n}x{c}x{h}x{w} means", (y, attention, [make.normal(n, min(c, 5), 2 * h, 2 * w)], True))
+            if (make.layout == "contiguous") == k % 2:  # every shape alone in one layout and joined in the other
+                yield Sample(f"{n}x{c}x{h}x{w}", (y, attention, [], False))
+            else:
+                row = [make.normal(n, min(c, 5), 2 * h, 2 * w)]
+                yield Sample(f"{n}x{c}x{h}x{w} means", (y, attention, row, True))
         y, attention = make.sliced(2, 8, 6, 5), make.sliced(2, 1, 12, 10)
         yield Sample("slices", (y, attention, [make.sliced(2, 4, 12, 10), make.sliced(2, 16, 12, 10)], True))
 

@@ -1,0 +1,102 @@
+"""Activations that the backward pass makes again instead of keeping them.
+
+A concatenation, its recalibrated copy and a normalised activation take one pass over memory to make, but as inputs of
+convolutions they would be kept for the gradients of the weights: half of all memory that training needs. Within
+``recomputing()`` a layer says how such a tensor is made (``forget``); whatever keeps it for the backward pass then
+keeps the recipe instead. The idea is that of memory-efficient DenseNets (G. Pleiss et al., arXiv:1707.06990); PyTorch's
+hooks for saved tensors carry it out, so that the convolutions are stock ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_local = threading.local()  # .recipes: by storage, a weak reference to the result and its recipe
+
+
+def recomputing() -> contextlib.AbstractContextManager:
+    """Within, what ``forget`` names is not kept for the backward pass.
+
+    Changes nothing where no gradient is wanted, under ``torch.compile``, which decides by itself what to keep, and
+    where hooks are forbidden (``torch.autograd.graph.disable_saved_tensors_hooks``).
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    return _recomputing()
+
+
+@contextlib.contextmanager
+def _recomputing():
+    outer, _local.recipes = getattr(_local, "recipes", None), {}
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_kept, lambda kept: kept.use()):
+            yield
+    finally:
+        _local.recipes = outer
+
+
+def forget(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``result``, which ``make(*inputs)`` gives again, bit for bit; ``make`` then runs without gradients."""
+    if not torch.compiler.is_compiling():
+        recipes = getattr(_local, "recipes", None)
+        if recipes is not None:
+            recipe = _Recipe(make, [_kept(each) for each in inputs], result.device.type)
+            recipes[_place(result)] = weakref.ref(result), recipe
+    return result
+
+
+def _kept(tensor: Tensor) -> _Kept | _Recipe:
+    """What stands for a tensor until the backward pass."""
+    result, recipe = _local.recipes.get(_place(tensor), (lambda: None, None))
+    # memory is used again: what lies there is the result only while that lives
+    if result() is None or recipe is None:
+        return _Kept(tensor)
+    recipe.uses += 1
+    return recipe
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+class _Kept:
+    """A tensor kept as it is; modified in place, it is refused, as autograd refuses it where there are no hooks."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def use(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{self.tensor.dtype} {list(self.tensor.shape)} is at version {self.tensor._version}, "
+                f"expected is version {self.version}"
+            )
+        return self.tensor
+
+
+class _Recipe:
+    """A tensor that is made when it is first needed, and let go when it was needed as often as it was kept."""
+
+    def __init__(self, make: Callable[..., Tensor], inputs: list[_Kept | _Recipe], device: str):
+        self.make, self.inputs, self.uses, self.used = make, inputs, 0, 0
+        self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self.value: Tensor | None = None
+
+    def use(self) -> Tensor:
+        if self.value is None:
+            with torch.no_grad(), torch.autocast(*self.autocast, cache_enabled=False):
+                self.value = self.make(*(each.use() for each in self.inputs))
+        value = self.value
+        self.used += 1
+        if self.used == self.uses:
+            self.value, self.used = None, 0
+        return value

@@ -1,0 +1,141 @@
+"""Training that makes its cheap activations again: the same gradients, to the bit, from less memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import scoat_fast.model
+from scoat_fast import SCOATNet
+from scoat_fast.recompute import forget, recomputing
+
+
+def made(**options) -> tuple[SCOATNet, torch.Tensor]:
+    torch.manual_seed(3)
+    return SCOATNet(width=4, **options).train(), torch.rand(2, 1, 32, 48)
+
+
+def gradients(net: SCOATNet, x: torch.Tensor, run=lambda net, x: net(x)) -> list[torch.Tensor]:
+    net.zero_grad()
+    run(net, x).float().square().mean().backward()
+    return [parameter.grad.clone() for parameter in net.parameters()]
+
+
+@pytest.fixture
+def kept_all(monkeypatch):
+    """The network as it is without recomputation, and what its gradients are then."""
+
+    def run(net, x, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(scoat_fast.model, "recomputing", contextlib.nullcontext)
+            return gradients(net, x, **options)
+
+    return run
+
+
+def same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options", [{}, {"block": "vgg"}, {"equations": "paper"}, {"out_channels": 2}], ids=lambda options: str(options)
+)
+def test_the_gradients_are_the_same_to_the_bit(options, layout, kept_all):
+    net, x = made(**options)
+    net, x = net.to(memory_format=layout), x.contiguous(memory_format=layout)
+    assert same(gradients(net, x), kept_all(net, x))
+
+
+def test_under_autocast(kept_all):
+    def run(net, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x)
+
+    net, x = made()
+    assert same(gradients(net, x, run=run), kept_all(net, x, run=run))
+
+
+def test_beside_checkpoints_of_the_user(kept_all):
+    net, x = made()
+    running = {name: value.clone() for name, value in net.named_buffers()}
+    wanted = kept_all(net, x)
+    net.load_state_dict(running, strict=False)
+    assert same(gradients(net, x, run=lambda net, x: checkpoint(net, x, use_reentrant=False)), wanted)
+
+
+def test_a_graph_that_is_run_twice_and_in_parts():
+    net, x = made()
+    loss = net(x).square().mean()
+    last = list(net.conv0_4.parameters())
+    partly = torch.autograd.grad(loss, last, retain_graph=True)
+    whole = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+    again = torch.autograd.grad(loss, list(net.parameters()))
+    assert same(whole, again)
+    of = {id(parameter): grad for parameter, grad in zip(net.parameters(), whole, strict=True)}
+    assert same(partly, [of[id(parameter)] for parameter in last])
+
+
+def test_gradients_of_gradients(kept_all):
+    def penalty(net, x):
+        grads = torch.autograd.grad(net(x).square().mean(), list(net.parameters()), create_graph=True)
+        return sum(grad.square().sum() for grad in grads)
+
+    net, x = made()
+    assert same(gradients(net.double(), x.double(), run=penalty), kept_all(net, x.double(), run=penalty))
+
+
+def test_where_hooks_are_forbidden(kept_all):
+    def run(net, x):
+        with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+            return net(x)
+
+    net, x = made()
+    assert same(gradients(net, x, run=run), kept_all(net, x))
+
+
+def test_weights_changed_before_the_backward_pass_are_refused():
+    net, x = made()
+    loss = net(x).mean()
+    with torch.no_grad():
+        net.conv0_4.bn1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: torch.float32 \[4\] is at version"):
+        loss.backward()
+
+
+def test_what_is_forgotten_lives_as_long_as_it_is_needed():
+    calls, x, w = [], torch.rand(5, requires_grad=True), torch.rand(5, requires_grad=True)
+
+    def double(x):
+        calls.append(weakref.ref(result := 2 * x))
+        return result
+
+    with recomputing():
+        y = forget(2 * x, double, x)
+        first = weakref.ref(y)
+        loss = (y * w).sum() + (y**2).sum()
+        other = (w * 3).exp()  # may lie where a forgotten tensor lay: it is not that
+    del y
+    gc.collect()
+    assert first() is None and not calls
+    (loss + other.sum()).backward()
+    assert len(calls) == 1 and calls[0]() is None  # made once for both that keep it, and gone
+    torch.testing.assert_close(x.grad, 2 * w.detach() + 8 * x.detach())
+    torch.testing.assert_close(w.grad, 2 * x.detach() + 3 * (3 * w.detach()).exp())
+
+
+def test_memory_that_is_used_again_is_not_mistaken():
+    """A forgotten tensor that nothing keeps leaves its address to others."""
+    w = torch.ones(1000, requires_grad=True)
+    with recomputing():
+        terms = []
+        for k in range(20):
+            forget(w + k, lambda w: w * float("nan"), w)  # dropped at once
+            terms.append((w * k).square().sum())
+    sum(terms).backward()
+    torch.testing.assert_close(w.grad, torch.full((1000,), 2.0 * sum(k * k for k in range(20))))
