@@ -2,6 +2,10 @@
 #include <algorithm>
 #include <vector>
 
+#ifdef SCOAT_X86
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 #include "resample.h"
 
@@ -42,6 +46,65 @@ inline void store(const Lanes& lanes, T* __restrict to) {
 float* sums_of(const Arguments& arguments, int64_t n, int64_t tile, int64_t tiles, int64_t c) {
   return arguments.sums + (n * tiles + tile) * arguments.sum_channels + c;
 }
+
+// An output larger than a core's share of any cache is written past the caches: a plain store would first read the line
+// that it overwrites, half as much traffic again for a pass over one tensor. A few lines are computed at a time, no
+// more than a core works on at once, so that their reading and writing overlap.
+constexpr int64_t STREAMED = int64_t(32) << 20;  // bytes of the output
+constexpr int64_t STAGED = 256;                  // bytes
+
+template <typename T>
+class Stage {
+ public:
+  // For an output of `size` values, of which `piece` lie together.
+  Stage(int64_t size, int64_t piece) : streams_(SUPPORTED && size >= STREAMED / SIZE && piece >= VALUES) {}
+  ~Stage() {
+#ifdef SCOAT_X86
+    if (streams_) _mm_sfence();  // what was streamed is there for other threads
+#endif
+  }
+  // How many of `size` values to compute at a time.
+  int64_t step(int64_t size) const { return streams_ ? VALUES : size; }
+  // Where to compute what belongs at `out`.
+  T* place(T* out) { return streams_ ? values_ : out; }
+  // `count` values are computed.
+  void put(T* out, int64_t count) {
+    if (!streams_) return;
+    if (count == VALUES && reinterpret_cast<uintptr_t>(out) % sizeof(Line) == 0)
+      stream(out);
+    else
+      memcpy(out, values_, count * SIZE);
+  }
+
+ private:
+  static constexpr int64_t SIZE = sizeof(T), VALUES = STAGED / SIZE;
+#ifdef SCOAT_X86
+  static constexpr bool SUPPORTED = true;
+#ifdef __AVX__
+  using Line = __m256i;
+#else
+  using Line = __m128i;
+#endif
+  static void stream_line(Line* to, const Line& line) {
+#ifdef __AVX__
+    _mm256_stream_si256(to, line);
+#else
+    _mm_stream_si128(to, line);
+#endif
+  }
+  void stream(T* out) {
+    const Line* from = reinterpret_cast<const Line*>(values_);
+    for (size_t i = 0; i < STAGED / sizeof(Line); ++i) stream_line(reinterpret_cast<Line*>(out) + i, from[i]);
+  }
+#else
+  static constexpr bool SUPPORTED = false;
+  using Line = T;
+  void stream(T*) {}
+#endif
+
+  alignas(64) T values_[VALUES];
+  const bool streams_;
+};
 
 float value_or(const float* values, int64_t i, float otherwise) { return values ? values[i] : otherwise; }
 
@@ -345,19 +408,30 @@ template <typename T>
 void affine_contiguous(const Arguments& a, int threads) {
   const bool dense = !a.sums && without_gaps(a.a, a.shape.w) && without_gaps(a.out, a.shape.w);
   const int64_t n = a.shape.n, c = a.shape.c, h = dense ? 1 : a.shape.h, w = dense ? a.shape.h * a.shape.w : a.shape.w;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t plane = 0; plane < n * c; ++plane) {
-    const float scale = value_or(a.scale, plane, 1.0f), shift = value_or(a.shift, plane, 0.0f);
-    for (int64_t iy = 0; iy < h; ++iy) {
-      const T* __restrict x = row_of<T>(a.a, plane / c, plane % c, iy);
-      T* __restrict out = row_of<T>(a.out, plane / c, plane % c, iy);
+#pragma omp parallel num_threads(threads)
+  {
+    Stage<T> stage(n * c * h * w, w);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < n * c; ++item) {
+      const int64_t plane = n * c - 1 - item;  // the last first: whoever summed them read these last
+      const float scale = value_or(a.scale, plane, 1.0f), shift = value_or(a.shift, plane, 0.0f);
+      for (int64_t iy = 0; iy < h; ++iy) {
+        const T* x = row_of<T>(a.a, plane / c, plane % c, iy);
+        T* out = row_of<T>(a.out, plane / c, plane % c, iy);
+        for (int64_t first = 0; first < w; first += stage.step(w)) {
+          const int64_t count = std::min(stage.step(w), w - first);
+          const T* __restrict from = x + first;
+          T* __restrict to = stage.place(out + first);
 #pragma omp simd
-      for (int64_t ix = 0; ix < w; ++ix) out[ix] = from_float<T>(to_float(x[ix]) * scale + shift);
-      if (a.sums) {
-        float total = 0;
+          for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(to_float(from[i]) * scale + shift);
+          stage.put(out + first, count);
+        }
+        if (a.sums) {
+          float total = 0;
 #pragma omp simd reduction(+ : total)
-        for (int64_t ix = 0; ix < w; ++ix) total += to_float(x[ix]) * scale + shift;
-        *sums_of(a, plane / c, iy, h, plane % c) = total;
+          for (int64_t ix = 0; ix < w; ++ix) total += to_float(x[ix]) * scale + shift;
+          *sums_of(a, plane / c, iy, h, plane % c) = total;
+        }
       }
     }
   }
@@ -369,6 +443,7 @@ void affine_channels_last(const Arguments& a, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> one(c, 1.0f), none(c, 0.0f);
+    Stage<T> stage(n * c * h * w, c);
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < n * h; ++item) {
       const int64_t iy = item % h, in = item / h;
@@ -378,9 +453,15 @@ void affine_channels_last(const Arguments& a, int threads) {
       if (sums) std::fill(sums, sums + c, 0.0f);
       for (int64_t ix = 0; ix < w; ++ix) {
         const T* __restrict x = row_of<T>(a.a, in, 0, iy) + ix * a.a.w;
-        T* __restrict out = row_of<T>(a.out, in, 0, iy) + ix * a.out.w;
+        for (int64_t first = 0; first < c; first += stage.step(c)) {
+          const int64_t last = std::min(first + stage.step(c), c);
+          T* out = row_of<T>(a.out, in, 0, iy) + ix * a.out.w + first;
+          T* __restrict to = stage.place(out);
 #pragma omp simd
-        for (int64_t ic = 0; ic < c; ++ic) out[ic] = from_float<T>(to_float(x[ic]) * scale[ic] + shift[ic]);
+          for (int64_t ic = first; ic < last; ++ic)
+            to[ic - first] = from_float<T>(to_float(x[ic]) * scale[ic] + shift[ic]);
+          stage.put(out, last - first);
+        }
         if (sums) {
 #pragma omp simd
           for (int64_t ic = 0; ic < c; ++ic) sums[ic] += to_float(x[ic]) * scale[ic] + shift[ic];
@@ -458,31 +539,40 @@ void pass_contiguous(const Arguments& a, int threads) {
   const bool dense = !SUMS && without_gaps(a.a, a.shape.w) && without_gaps(a.b, a.shape.w) &&
                      without_gaps(a.gate, a.shape.w) && without_gaps(a.out, a.shape.w);
   const int64_t n = a.shape.n, c = a.shape.c, h = dense ? 1 : a.shape.h, w = dense ? a.shape.h * a.shape.w : a.shape.w;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t plane = 0; plane < n * c; ++plane) {
-    const int64_t in = plane / c, ic = plane % c;
-    const float scale = value_or(a.scale, plane, 1.0f), shift = value_or(a.shift, plane, 0.0f);
-    const float slope = value_or(a.slope, plane, 0.0f);
-    for (int64_t iy = 0; iy < h; ++iy) {
-      const T* __restrict pa = row_of<T>(a.a, in, ic, iy);
-      const T* __restrict pb = B ? row_of<T>(a.b, in, ic, iy) : nullptr;
-      const T* __restrict px = X ? row_of<T>(a.gate, in, ic, iy) : nullptr;
-      T* __restrict out = OUT ? row_of<T>(a.out, in, ic, iy) : nullptr;
-      float first = 0, second = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    Stage<T> stage(OUT ? n * c * h * w : 0, w);
+#pragma omp for schedule(static)
+    for (int64_t plane = 0; plane < n * c; ++plane) {
+      const int64_t in = plane / c, ic = plane % c;
+      const float scale = value_or(a.scale, plane, 1.0f), shift = value_or(a.shift, plane, 0.0f);
+      const float slope = value_or(a.slope, plane, 0.0f);
+      for (int64_t iy = 0; iy < h; ++iy) {
+        float first = 0, second = 0;
+        for (int64_t begin = 0; begin < w; begin += stage.step(w)) {
+          const int64_t count = std::min(stage.step(w), w - begin);
+          const T* __restrict pa = row_of<T>(a.a, in, ic, iy) + begin;
+          const T* __restrict pb = B ? row_of<T>(a.b, in, ic, iy) + begin : nullptr;
+          const T* __restrict px = X ? row_of<T>(a.gate, in, ic, iy) + begin : nullptr;
+          T* out = OUT ? row_of<T>(a.out, in, ic, iy) + begin : nullptr;
+          T* __restrict to = OUT ? stage.place(out) : nullptr;
 #pragma omp simd reduction(+ : first, second)
-      for (int64_t i = 0; i < w; ++i) {
-        const Pixel p{to_float(pa[i]), B ? to_float(pb[i]) : 0.0f, X ? to_float(px[i]) : 0.0f, scale, shift, slope};
-        const float value = passed<P, OPTION>(p);
-        if (OUT) out[i] = from_float<T>(value);
-        if (SUMS) {
-          first += value;
-          second += value * (X ? p.x - shift : value);
+          for (int64_t i = 0; i < count; ++i) {
+            const Pixel p{to_float(pa[i]), B ? to_float(pb[i]) : 0.0f, X ? to_float(px[i]) : 0.0f, scale, shift, slope};
+            const float value = passed<P, OPTION>(p);
+            if (OUT) to[i] = from_float<T>(value);
+            if (SUMS) {
+              first += value;
+              second += value * (X ? p.x - shift : value);
+            }
+          }
+          if (OUT) stage.put(out, count);
         }
-      }
-      if (SUMS) {
-        float* sums = sums_of(a, in, iy, h, ic);
-        sums[0] = first;
-        sums[c] = second;
+        if (SUMS) {
+          float* sums = sums_of(a, in, iy, h, ic);
+          sums[0] = first;
+          sums[c] = second;
+        }
       }
     }
   }

@@ -305,3 +305,33 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 def test_importing_the_operations_loads_no_kernels():
     code = "import sys, scoat_fast.ops; assert not {'triton', 'scoat_fast._C'} & set(sys.modules), sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_that_no_cache_holds(dtype, layout):
+    """On a CPU they are written past the caches; also where rows begin in the middle of a vector, and end in one."""
+    make = torch.Generator().manual_seed(1)
+    for whole, crop in (
+        ((1, 260, 256, 256), (slice(None),) * 4),
+        ((1, 261, 258, 256), (..., slice(1, None), slice(None))),
+    ):
+        x = torch.randn(whole, generator=make).to(dtype).contiguous(memory_format=layout)[crop]
+        w1, w2 = (
+            torch.randn(4, x.shape[1], generator=make).to(dtype),
+            torch.randn(x.shape[1], 4, generator=make).to(dtype),
+        )
+        weight, bias = torch.rand(2, x.shape[1], generator=make) + 0.5
+        for op, *args in ((ops.channel_gate, x, w1, w2), (ops.batch_norm_relu, x, weight, bias)):
+            found = {}
+            for name in ("cpu", "reference"):
+                with ops.use_backend(name):
+                    leaf = x.detach().requires_grad_()
+                    result = op(leaf, *args[1:])
+                    result = result if isinstance(result, Tensor) else result[0]
+                    (gradient,) = torch.autograd.grad(result, leaf, x)
+                    found[name] = result.detach(), gradient
+            bound = 1e-5 if dtype == torch.float32 else 2e-2
+            for ours, wanted in zip(*found.values(), strict=True):
+                wrong = (ours - wanted).abs() > bound * wanted.abs().max()
+                assert wrong.sum() < 16  # fewer than are written at once: ReLU's edge falls to either side
