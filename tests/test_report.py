@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -181,3 +182,28 @@ def test_followups_that_make_no_sense(visits, results, tmp_path, capsys):
         assert run("followup", *given, "-o", tmp_path / output) == EXIT_USAGE
         assert reason in capsys.readouterr().err
     assert not list(tmp_path.glob("page*"))
+
+
+# In a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_browser_shows_the_pages(results, tmp_path):
+    """Without a complaint, at the width of a desk and of a phone, with the slices and the contours in sight."""
+    report = tmp_path / "report"
+    assert run("report", results, "-o", report, "--quiet") == EXIT_OK
+    wanted = {"index.html": 0.001, "cases/plain.html": 0.02, f"cases/{HOSTILE}.html": 0.02}  # share of dark pixels
+    for page, dark in wanted.items():
+        for width in (1200, 500):
+            shot = tmp_path / "shot.png"
+            command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                       "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+                       f"--window-size={width},1600", f"--screenshot={shot}", (report / page).as_uri()]  # fmt: skip
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stderr
+            assert "CONSOLE" not in said, said
+            pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+            assert pixels.shape == (1600, width, 3)
+            assert (pixels.max(2) < 40).mean() > dark  # the air around a patient
+            assert (pixels[:, -8:] > 240).all()  # nothing reaches over the margin
