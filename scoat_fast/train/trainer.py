@@ -99,7 +99,9 @@ class Trainer:
         self.loss = partial(LOSSES[config.loss], reduce=self._sum_over_processes)
         if config.init:
             _initialise(net, config.init)
-        net = net.to(memory_format=torch.channels_last)
+        # oneDNN computes a channels-last gradient of weights in two to three times the time of a contiguous one
+        self.layout = torch.contiguous_format if fabric.device.type == "cpu" else torch.channels_last
+        net = net.to(memory_format=self.layout)
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.plain_net = net
@@ -172,7 +174,7 @@ class Trainer:
         waiting.mark()
         # every process draws the whole batch and takes its share, so that their number changes nothing
         share = slice(self.fabric.global_rank, None, self.fabric.world_size)
-        images = images[share].contiguous(memory_format=torch.channels_last)
+        images = images[share].contiguous(memory_format=self.layout)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = supervised(self.loss, self.net(images), masks[share], self.config.supervise)
@@ -198,7 +200,7 @@ class Trainer:
         for batch, target in zip(*(part.split(self.config.recipe.batch_size) for part in (images, masks)), strict=True):
             batch, target = batch.to(self.fabric.device).float() / 255, target.to(self.fabric.device).bool()
             with self.fabric.autocast():
-                logits = net(batch.contiguous(memory_format=torch.channels_last))
+                logits = net(batch.contiguous(memory_format=self.layout))
             predicted = (logits[-1] if isinstance(logits, list) else logits) > 0
             sums += torch.stack([(predicted & target).sum(), predicted.sum(), target.sum()])
         overlap, ours, theirs = self.fabric.all_reduce(sums, reduce_op="sum").tolist()
