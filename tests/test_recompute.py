@@ -14,10 +14,12 @@ import scoat_fast.model
 from scoat_fast import SCOATNet
 from scoat_fast.recompute import forget, recomputing
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def made(**options) -> tuple[SCOATNet, torch.Tensor]:
     torch.manual_seed(3)
-    return SCOATNet(width=4, **options).train(), torch.rand(2, 1, 32, 48)
+    return SCOATNet(width=4, **options).train().to(DEVICE), torch.rand(2, 1, 32, 48).to(DEVICE)
 
 
 def gradients(net: SCOATNet, x: torch.Tensor, run=lambda net, x: net(x)) -> list[torch.Tensor]:
@@ -54,7 +56,7 @@ def test_the_gradients_are_the_same_to_the_bit(options, layout, kept_all):
 
 def test_under_autocast(kept_all):
     def run(net, x):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             return net(x)
 
     net, x = made()
