@@ -9,7 +9,8 @@ import torch
 from engine_steps import run_steps, trained
 
 import scoat_fast
-from scoat_fast.engine import plan, tune
+from scoat_fast import SCOATNet
+from scoat_fast.engine import pack, plan, tune
 from scoat_fast.engine.layout import FLOAT8
 from scoat_fast.errors import ScoatFastError
 
@@ -171,6 +172,26 @@ def test_tiles_are_measured_once_and_kept(times, monkeypatch, tmp_path):
     del stages[:]
     plain(x)
     assert set(stages) == {3, 4, 5}  # by pointers, and by boxes
+
+
+def test_every_tile_has_room_for_its_sums(family, monkeypatch, tmp_path):
+    """Also one of fewer pixels than the table's, which leaves more of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "median_ms", lambda call, *rest: call() or 1.0)
+    seen = set()
+
+    def run(self) -> None:
+        if (sums := self.arguments.get("sums")) is not None and self.kernel is backend.kernels.convolve:
+            assert self.grid[0] // len(sums) <= sums.shape[1]  # of no more than one block of channels
+            seen.add(self.arguments["BP"])
+
+    monkeypatch.setattr(backend.Launch, "run", run)
+    monkeypatch.setattr(backend.pointwise.Launch, "run", lambda self: None)
+    net, device = SCOATNet(width=16), torch.device("cpu")
+    whole, weights = plan.build(net), pack.pack(net)
+    packed = {step: backend.prepare(step, weights, device, torch.float32) for step in whole.steps}
+    tune.tune(whole, packed, 2, 16, 512, device, torch.float32)
+    assert {64, 128} <= seen
 
 
 def test_a_damaged_cache_of_tiles_is_an_error(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ from .calibrate import calibrate, rescale
 from .layout import FLOAT8, lay_out, step_dtype, view_of
 from .pack import pack
 from .plan import Plan, Step
-from .tune import Tiles, chosen, tune
+from .tune import Tiles, tune, using
 
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 BACKENDS = ("reference", "cpu", "triton")
@@ -281,12 +281,8 @@ class Engine:
     def _prepare(self, n: int, height: int, width: int, mask: bool, attention: bool) -> _Prepared:
         key = (n, height, width, mask, attention)
         if key not in self._ready:
-            token = chosen.set(self._tiles)
-            try:
-                with torch.inference_mode(False):  # who calls first may be in it, and others not
-                    self._ready[key] = self._bound(self._plans[mask, attention], n, height, width)
-            finally:
-                chosen.reset(token)
+            with using(self._tiles), torch.inference_mode(False):  # who calls first may be in it, and others not
+                self._ready[key] = self._bound(self._plans[mask, attention], n, height, width)
         return self._ready[key]
 
     def _bound(self, plan: Plan, n: int, height: int, width: int) -> _Prepared:
