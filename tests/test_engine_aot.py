@@ -117,8 +117,8 @@ def launches(capability: int, width: int, size: int, dtype: torch.dtype) -> Iter
     backend.forced, device = FAMILIES[capability], torch.device("meta")
     net = SCOATNet(width=width)
     whole, weights = plan.build(net), pack.pack(net.eval())
-    places = lay_out(whole, backend.parts, 8, size, size, device, dtype).places
-    tensors = {name: torch.empty(shape, dtype=kind, device=device) for name, (_, shape, kind) in places.items()}
+    layout = lay_out(whole, backend, 8, size, size, device, dtype)
+    tensors = layout.tensors(torch.empty(layout.bytes, dtype=torch.uint8, device=device))
     for step in whole.steps:
         if {used.buffer for used in plan.writes(step)} & set(STEPS):
             ready = backend.prepare(step, weights, device, step_dtype(whole, step, dtype))

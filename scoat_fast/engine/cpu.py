@@ -45,6 +45,11 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
     return -(-(-(-height // 4) * -(-width // 4)) // _tiles(step))
 
 
+def rows(step: Convolve) -> int:
+    """How many rows of weights a recalibrated step wants for each slice: none, as features are scaled here."""
+    return 0
+
+
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
     """Weights as panels, by name; those of 3x3 convolutions at the 36 points of a tile."""
     if isinstance(step, Convolve):

@@ -286,7 +286,7 @@ class Engine:
         return self._ready[key]
 
     def _bound(self, plan: Plan, n: int, height: int, width: int) -> _Prepared:
-        layout = lay_out(plan, self._module.parts, n, height, width, self.device, self.dtype)
+        layout = lay_out(plan, self._module, n, height, width, self.device, self.dtype)
         if layout.bytes > self._memory.numel():
             self._ready.clear()  # what they hold is given back before more is asked for
             self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)

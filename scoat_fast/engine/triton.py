@@ -74,6 +74,12 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
     return _tile_of(step, width, device, dtype).count(height, width)
 
 
+def rows(step: Convolve) -> int:
+    """How many rows of weights a recalibrated step wants for each slice: its own, then those of its shortcut."""
+    taps = step.size**2 + (step.shortcut is not None and step.shortcut.scaled)
+    return taps * _padded(step.out.channels)
+
+
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
     """Weights by name: those of products with features as ``_packed`` gives them."""
     if isinstance(step, Gate):
@@ -139,26 +145,25 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> list[Launch]:
     (n, height, width, channels), dtype = out.shape, sources[0].dtype
     tile = _tile_of(step, width, out.device, dtype)
     found: list[Launch] = []
+    room = None if step.scaled is None else view(step.scaled).flatten(0, 1)  # [n * rows, channels]
 
-    def scaled(packed: tuple[Tensor, ...], scale: Tensor | None) -> tuple[Tensor, int]:
-        """Weights as rows, and the step in rows from slice to slice."""
+    def scaled(packed: tuple[Tensor, ...], first: int) -> tuple[Tensor, int]:
+        """Weights of all slices as rows, and the step in rows from slice to slice; they begin at a row of the room."""
         weight = packed[0].flatten(0, 1)  # [rows, channels]
-        if scale is None:
-            return weight, 0
         rows, depth = weight.shape
-        result = torch.empty(n * rows, depth, dtype=dtype, device=out.device)
+        result = room[first : first + n * rows]
         grid = (triton.cdiv(rows, 32), n, triton.cdiv(depth, 64))
-        arguments = {"w": weight, "scale": scale, "out": result, "rows": rows, "C": depth, "BC": 64, "ROWS": 32}
-        found.append(Launch(kernels.scale_weights, grid, arguments))
+        arguments = {"w": weight, "scale": view(step.scale), "out": result, "rows": rows, "C": depth}
+        found.append(Launch(kernels.scale_weights, grid, arguments | {"BC": 64, "ROWS": 32}))
         return result, rows
 
-    shortcut, scale = step.shortcut, None if step.scale is None else view(step.scale)
-    w, w_rows = scaled(weights[step.weights], scale)
+    shortcut, packed = step.shortcut, weights[step.weights]
+    w, w_rows = (packed[0].flatten(0, 1), 0) if step.scale is None else scaled(packed, 0)
     more = {"shortcut_w": w, "shortcut_rows": 0, "shortcut_out": out, "SHORTCUT_RELU": False}
     more |= {"shortcut_bias": None, "shortcut_unit": None}
     if shortcut is not None:
         packed = weights[shortcut.weights]
-        rows, step_of_rows = scaled(packed, scale if shortcut.scaled else None)
+        rows, step_of_rows = scaled(packed, n * w_rows) if shortcut.scaled else (packed[0].flatten(0, 1), 0)
         more = {"shortcut_w": rows, "shortcut_rows": step_of_rows, "shortcut_bias": packed[1]}
         more |= {"shortcut_unit": packed[2], "shortcut_out": view(shortcut.out), "SHORTCUT_RELU": shortcut.relu}
     second = sources[1] if len(sources) > 1 else sources[0]
@@ -355,9 +360,14 @@ def _packed(
         unit = unit.to(device)
     out, channels, rows, columns = weight.shape
     by_tap = weight.permute(2, 3, 0, 1).reshape(rows * columns, out, channels)
-    padding = torch.zeros(rows * columns, -out % _power(out, 16, 128), channels, dtype=weight.dtype)
+    padding = torch.zeros(rows * columns, _padded(out) - out, channels, dtype=weight.dtype)
     padded = torch.cat([by_tap, padding], 1).to(device, torch.float32 if scaled else dtype)
     return padded.contiguous(), bias.to(device, torch.float32), unit
+
+
+def _padded(channels: int) -> int:
+    """Channels of a result in whole blocks."""
+    return channels + -channels % _power(channels, 16, 128)
 
 
 def _power(size: int, least: int, most: int) -> int:

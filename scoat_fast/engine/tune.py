@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def tune(
                 found.append(backend.parts(step, height, width, device, dtype))
         return max(found)
 
-    layout = lay_out(plan, most_parts, n, height, width, device, dtype)
+    layout = lay_out(plan, SimpleNamespace(parts=most_parts, rows=backend.rows), n, height, width, device, dtype)
     tensors = layout.tensors(torch.zeros(layout.bytes, dtype=torch.uint8, device=device))
     tensors["input"].uniform_()
     view = view_of(plan, tensors)
