@@ -171,7 +171,7 @@ def test_tiles_are_measured_once_and_kept(times, monkeypatch, tmp_path):
     assert set(stages) == {5}
     del stages[:]
     plain(x)
-    assert set(stages) == {3, 4, 5}  # by pointers, and by boxes
+    assert set(stages) == {4, 5}  # the table's, and those without
 
 
 def test_every_tile_has_room_for_its_sums(family, monkeypatch, tmp_path):

@@ -30,6 +30,10 @@ TILES = {
     "sm90": {16: (128, 4, 4), 32: (128, 4, 4), 64: (128, 4, 4), 128: (128, 8, 4)},
     "sm120": {16: (128, 4, 3), 32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 2)},  # 99 KiB
 }
+# Of float32 in every family: no tensor core multiplies it exactly, and what plain instructions multiply waits in
+# registers.
+FLOAT32_TILES = {16: (128, 4, 4), 32: (128, 8, 4), 64: (64, 4, 4), 128: (32, 8, 4)}
+FLOAT32_DEPTH = 16
 forced: str | None = None  # for tests: the family whose tiles are used
 
 
@@ -278,7 +282,8 @@ def tile_key(
     counts, out = _product(step)
     what = "attend" if isinstance(step, Attend) else "convolve and pool" if step.pooled else "convolve"
     key = f"{what} {' + '.join(map(str, counts))} -> {out}, {width} wide, {str(dtype)[6:]}"
-    return key, TILES[_family(device) if _boxed(step, device, dtype) else "sm80"][_power(out, 16, 128)]
+    family = _family(device) if _boxed(step, device, dtype) else "sm80"
+    return key, (FLOAT32_TILES if dtype == torch.float32 else TILES[family])[_power(out, 16, 128)]
 
 
 def _tile_of(step: Convolve | Attend, width: int, device: torch.device, dtype: torch.dtype) -> Tile:
@@ -290,6 +295,8 @@ def _tile_of(step: Convolve | Attend, width: int, device: torch.device, dtype: t
     pixels //= rows  # a row waits in registers for the next
     least = _least_depth(dtype)
     depth = next((k for k in (64, 32, 16) if k >= least and all(count % k == 0 for count in counts)), least)
+    if dtype == torch.float32:
+        depth = FLOAT32_DEPTH
     if not _boxed(step, device, dtype):
         return Tile(False, False, rows, pixels, channels, min(depth, 32), warps, stages)
     pixels = _power(width, 16, pixels)
