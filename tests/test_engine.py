@@ -461,6 +461,51 @@ def test_a_backend_that_computes_wrongly_is_not_chosen(monkeypatch):
     assert scoat_fast.compile(net, size=32, backend="cpu").backend == "cpu"  # who asks for it gets it
 
 
+@native
+def test_every_slice_is_checked_and_masks_too(monkeypatch):
+    net, options = trained(width=8), {"size": 32, "batch_sizes": (1, 2)}
+    monkeypatch.setattr(runner, "CHECKED", ("cpu",))
+    cpu = importlib.import_module("scoat_fast.engine.cpu")
+    bind = cpu.bind
+
+    def breaking(kind: str, first: int):
+        """As it is bound, but with the head's result of the slices from ``first`` on lost."""
+
+        def bound(step, weights, view, pixels):
+            call = bind(step, weights, view, pixels)
+            if not isinstance(step, plan.Head) or (step.threshold is None) != (kind == "logits"):
+                return call
+            return lambda: (call(), view(step.out)[first:].zero_())
+
+        return bound
+
+    for kind, first, reason in (("logits", 1, "gives logits that are"), ("mask", 0, "gives masks whose Dice")):
+        monkeypatch.setattr(cpu, "bind", breaking(kind, first))
+        with pytest.warns(UserWarning, match=f"cpu {reason} .*; stock PyTorch runs instead"):
+            engine = scoat_fast.compile(net, **options)
+        assert engine.backend == "reference" and reason in engine.refusals["cpu"]
+
+
+@native
+def test_a_backend_that_fails_is_not_chosen(monkeypatch):
+    cpu = importlib.import_module("scoat_fast.engine.cpu")
+    net, failure = trained(width=8), ValueError("out of resources: shared memory\nand more")
+
+    def bind(*args):
+        raise failure
+
+    monkeypatch.setattr(cpu, "bind", bind)
+    with pytest.warns(UserWarning, match="cpu cannot run here: ValueError: out of resources: .*; stock") as warned:
+        engine = scoat_fast.compile(net, size=32)
+    assert len(warned) == 1 and engine.backend == "reference"
+    assert engine.refusals == {"cpu": "cannot run here: ValueError: out of resources: shared memory"}
+    with pytest.raises(ValueError, match="out of resources"):
+        scoat_fast.compile(net, size=32, backend="cpu")  # who asks for it learns all of it
+    failure = torch.OutOfMemoryError("no memory left")
+    with pytest.raises(torch.OutOfMemoryError):
+        scoat_fast.compile(net, size=32)
+
+
 def test_an_engine_prints_its_plan():
     engine = scoat_fast.compile(trained(width=8), size=(30, 48))
     text = str(engine)

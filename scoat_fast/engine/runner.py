@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..errors import ScoatFastError
 from ..layers import pad_to_multiple
 from ..model import ATTENTION_NODES, LEVELS, SCOATNet
 from ..ops._backend import disabled
@@ -31,6 +32,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, FLOAT8)
 CHECKED = ("triton",)
 # of the largest logit: further off than rounding takes two backends from each other (TF32 in stock convolutions, too)
 BOUND = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1, FLOAT8: 0.5}
+MASK_DICE = 0.99  # of two kernels for the same numbers
 BATCH_SIZES = {"cuda": (1, 8, 32), "cpu": (1,)}  # a CPU is not faster with more slices at once: they leave its caches
 SIZE = 512
 FACTOR = 2 ** (LEVELS - 1)  # height and width of a plan are multiples of this
@@ -112,28 +114,55 @@ def compile(
         raise ValueError(f"calibration slices are wanted for float8_e4m3fn and for nothing else, got {dtype}")
     if calibration is not None and not len(calibration):
         raise ValueError("at least one calibration slice is wanted, got none")
-    options = (batch_sizes, (height, width), calibration)
-    engine = Engine(net, device, dtype, backend, *options, autotune)
-    if backend is None and engine.backend in CHECKED:
-        stock = Engine(net, device, dtype, "reference", (1,), *options[1:])
-        reason = _why_wrong(engine, stock)
-        if reason is not None:
-            warnings.warn(f"engine: {engine.backend} {reason}; stock PyTorch runs instead", stacklevel=2)
-            refusals = engine.refusals | {engine.backend: reason}
-            del engine, stock  # their memory is given back before more is asked for
-            engine = Engine(net, device, dtype, "reference", *options)
-            engine.refusals = refusals
+    options = (batch_sizes, (height, width), calibration, autotune)
+    engine = Engine(net, device, dtype, backend, *options)
+    if backend is not None or engine.backend == "reference":
+        engine.get_ready()
+        return engine
+    reason = _why_failed(engine)
+    if reason is None and engine.backend in CHECKED:
+        reason = _why_wrong(engine, Engine(net, device, dtype, "reference", (1,), *options[1:3]))
+    if reason is None:
+        return engine
+    warnings.warn(f"engine: {engine.backend} {reason}; stock PyTorch runs instead", stacklevel=2)
+    refusals = engine.refusals | {engine.backend: reason}
+    del engine  # its memory is given back before more is asked for
+    engine = Engine(net, device, dtype, "reference", *options[:3])
+    engine.refusals = refusals
+    engine.get_ready()
     return engine
 
 
+def _why_failed(engine: Engine) -> str | None:
+    """Why an engine does not get ready, or None where it does. Too little memory is no fault of a backend's."""
+    try:
+        engine.get_ready()
+    except (torch.OutOfMemoryError, ScoatFastError):
+        raise
+    except Exception as error:  # of a compiler or a driver, of any type
+        return f"cannot run here: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
 def _why_wrong(engine: Engine, stock: Engine) -> str | None:
-    """What is wrong with an engine's logits for one slice, or None where they are near those of stock PyTorch."""
-    noise = torch.rand(1, engine.in_channels, *engine.size, generator=torch.Generator().manual_seed(0))
-    ours, expected = (torch.stack(tree_leaves(one(noise.to(engine.device)))) for one in (engine, stock))
-    error = ((ours - expected).abs().max() / expected.abs().max()).item()
-    if error <= BOUND[engine.dtype]:
-        return None
-    return f"gives logits that are {error:.1e} of the largest away from stock PyTorch's on this machine"
+    """What is wrong with an engine's results, or None where they are near those of stock PyTorch.
+
+    Every batch size is seen in all of its slices: its logits, and its masks against its own logits.
+    """
+    most = engine.batch_sizes[-1]
+    noise = torch.rand(most, engine.in_channels, *engine.size, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(engine.device)
+    expected = torch.stack(tree_leaves(stock(noise)))
+    threshold = expected[-1].float().sigmoid().median().clamp(0.01, 0.99).item()  # about half of a mask
+    for n in engine.batch_sizes:
+        ours = torch.stack(tree_leaves(engine(noise[:n])))
+        error = ((ours - expected[:, :n]).abs().max() / expected.abs().max()).item()
+        if not error <= BOUND[engine.dtype]:
+            return f"gives logits that are {error:.1e} of the largest away from stock PyTorch's on this machine"
+        overlap = _dice(engine.mask(noise[:n], threshold).bool(), ours[-1] > math.log(threshold / (1 - threshold)))
+        if not overlap >= MASK_DICE:
+            return f"gives masks whose Dice with its own logits is {overlap:.3f} on this machine"
+    return None
 
 
 class Engine:
@@ -163,26 +192,29 @@ class Engine:
             self._check(calibration := calibration.to(device))
             given = pad_to_multiple(calibration.float(), FACTOR)
             weights = rescale(self.plan, weights, calibrate(self.plan, weights, given))
-        self._packed = {
-            step: self._module.prepare(step, weights, device, step_dtype(plan, step, dtype))
-            for plan in self._plans.values()
-            for step in plan.steps
-        }
-        self._tiles: Tiles = {}
-        if autotune:
-            if self.backend != "triton":
-                raise ValueError(f"only the triton backend has tiles to tune, and here runs {self.backend}")
-            n = self.batch_sizes[-1]
-            self._tiles = tune(self.plan, self._packed, n, *self.padded_size, device, dtype)
+        dtypes = {step: step_dtype(plan, step, dtype) for plan in self._plans.values() for step in plan.steps}
+        self._packed = {step: self._module.prepare(step, weights, device, kind) for step, kind in dtypes.items()}
+        if autotune and self.backend != "triton":
+            raise ValueError(f"only the triton backend has tiles to tune, and here runs {self.backend}")
+        self._autotune, self._tiles = autotune, Tiles()
         self._listed = net.deep_supervision
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._ready: dict[tuple, _Prepared] = {}
         self._lock = threading.Lock()
+        self._calibration, self.calibration_dice = calibration, None
+
+    def get_ready(self) -> None:
+        """Compiles and records everything for the engine's size, so that the first batch is fast."""
+        if self._autotune:
+            n = self.batch_sizes[-1]
+            self._tiles = tune(self.plan, self._packed, n, *self.padded_size, self.device, self.dtype)
         for _ in range(2):  # what outgrew the memory of those before it made them forget: at the end all are ready
             for n in reversed(self.batch_sizes):
                 for key in ((False, False), (True, False)):
                     self._prepare(n, *self.padded_size, *key)
-        self.calibration_dice = None if calibration is None else self._calibration_dice(calibration)
+        if self._calibration is not None:
+            self.calibration_dice = self._calibration_dice(self._calibration)
+            self._calibration = None  # it is no longer needed
 
     @property
     def plan(self) -> Plan:
