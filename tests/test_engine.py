@@ -265,11 +265,12 @@ def test_results_are_the_callers_own():
 
 def test_the_network_stays_as_it_was():
     net = trained(width=8).train()
+    net.conv2_1.bn1.eval()  # frozen
     before = copy.deepcopy(net.state_dict())
     engine = scoat_fast.compile(net, size=32)
     x = torch.rand(1, 1, 32, 32)
     assert engine.parity(x).relative < 1e-5
-    assert net.training
+    assert [name for name, module in net.named_modules() if not module.training] == ["conv2_1.bn1"]
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     with torch.no_grad():
         net.final.bias += 1
@@ -284,6 +285,28 @@ def test_other_sizes_and_empty_batches():
         assert relative(engine(x), double(net, x)) < 1e-5
     assert engine(torch.rand(0, 1, 32, 32)).shape == (0, 1, 32, 32)
     assert engine.mask(torch.rand(0, 1, 30, 32)).shape == (0, 1, 30, 32)
+    with pytest.raises(ValueError, match="at least one slice is wanted to compare on, got none"):
+        engine.parity(torch.rand(0, 1, 32, 32))
+
+
+def test_batches_are_cut_with_little_padding():
+    def cut(left: int, *sizes: int) -> list[int]:
+        found = []
+        while left > 0:
+            found.append(runner.next_size(left, sizes))
+            left -= found[-1]
+        return found
+
+    assert cut(9, 1, 8, 32) == [8, 1]
+    assert cut(31, 1, 8, 32) == [32] and cut(33, 1, 8, 32) == [32, 1] and cut(64, 1, 8, 32) == [32, 32]
+    assert cut(3, 1, 8, 32) == [1, 1, 1] and cut(6, 1, 8, 32) == [8] and cut(14, 1, 8, 32) == [8, 8]
+    assert cut(5, 2) == [2, 2, 2] and cut(1, 4) == [4]
+    engine = scoat_fast.compile(trained(width=8), size=32, batch_sizes=(1, 4, 16))
+    x = torch.rand(5, 1, 32, 32)
+    ran = []
+    prepare = engine._prepare
+    engine._prepare = lambda n, *rest: ran.append(n) or prepare(n, *rest)
+    assert engine(x).shape == x.shape and ran == [4, 1]
 
 
 def test_it_is_ready_at_once_in_and_out_of_inference_mode(monkeypatch):

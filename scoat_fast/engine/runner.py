@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import threading
@@ -80,7 +81,7 @@ def compile(
             features and the attention maps are bfloat16.
         backend: "triton", "cpu" or "reference"; by default the fastest that runs here, and on a GPU only after its
             logits for one slice were found near those of "reference".
-        batch_sizes: how many slices run at once. A batch of another size is cut into these, and its tail is padded.
+        batch_sizes: how many slices run at once. A batch of another size is cut into these, with little padding.
             By default 1, 8 and 32 on a GPU, 1 on a CPU.
         size: height and width for which everything is prepared, so that the first batch is fast; by default what the
             weights were trained on, or 512. Other sizes are prepared when they first come.
@@ -269,11 +270,16 @@ class Engine:
 
     @torch.no_grad()
     def parity(self, batch: Tensor, threshold: float = 0.5) -> EngineParity:
-        """Compares with the network as it is now, on a batch as the network takes it."""
+        """Compares with the network as it is now, on a batch of at least one slice as the network takes it."""
+        if not len(batch):
+            raise ValueError("at least one slice is wanted to compare on, got none")
         parameter = next(self.net.parameters())
-        was_training = self.net.training
-        exact = self.net.eval()(batch.to(parameter.device, parameter.dtype))
-        self.net.train(was_training)
+        modes = {module: module.training for module in self.net.modules()}
+        try:
+            exact = self.net.eval()(batch.to(parameter.device, parameter.dtype))
+        finally:
+            for module, training in modes.items():
+                module.training = training
         exact = (exact[-1] if isinstance(exact, list) else exact).to(self.device, torch.float64)
         batch = batch.to(self.device)
         ours = self(batch)
@@ -294,8 +300,7 @@ class Engine:
         with self._lock:
             start = 0
             while start < len(batch) or not done:
-                left = len(batch) - start
-                n = next((size for size in self.batch_sizes if size >= left), self.batch_sizes[-1])
+                n = next_size(len(batch) - start, self.batch_sizes)
                 given = pad_to_multiple(batch[start : start + n], FACTOR)
                 prepared = self._prepare(n, *given.shape[2:], mask, attention)
                 done.append([x[: len(given)].clone() for x in prepared(given, threshold)])
@@ -392,6 +397,22 @@ def _choose(wanted: str | None, device: torch.device, dtype: torch.dtype) -> tup
             return name, module, refusals
         refusals[name] = reason
     raise BackendRefused(refusals)
+
+
+@functools.cache
+def next_size(left: int, sizes: tuple[int, ...]) -> int:
+    """The size of the batch to run first where ``left`` slices remain: the largest if full, then the cheapest cover.
+
+    A batch costs as much as its slices, padding included, and one more for its launches: 9 slices run as 8 and 1 and
+    not as 32, but 31 as 32.
+    """
+    if left >= sizes[-1]:
+        return sizes[-1]
+    covers: list[tuple[int, ...]] = [()]  # of 0, 1, 2, ... slices
+    for count in range(1, left + 1):
+        found = ((size, *covers[max(count - size, 0)]) for size in sizes)
+        covers.append(min(found, key=lambda cover: (sum(cover) + len(cover), len(cover))))
+    return max(covers[left], default=sizes[0])  # padding at the end; an empty batch gives shapes
 
 
 def _dice(a: Tensor, b: Tensor) -> float:
