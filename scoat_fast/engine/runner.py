@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -169,8 +170,8 @@ def _why_wrong(engine: Engine, stock: Engine) -> str | None:
 class Engine:
     """A trained network as its fastest forward pass; see ``scoat_fast.compile``, which makes one.
 
-    An engine holds its own copy of the weights, and memory that all its calls use: several threads may call it, one
-    after the other is served.
+    An engine holds its own copy of the weights, and memory that all its calls use: several threads may call it, on any
+    CUDA streams; one after the other is served.
     """
 
     def __init__(
@@ -202,6 +203,10 @@ class Engine:
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._ready: dict[tuple, _Prepared] = {}
         self._lock = threading.Lock()
+        on_gpu = device.type == "cuda"
+        self._last = torch.cuda.Event() if on_gpu else None  # of the run before
+        # Its graphs run one after the other, and leave their results in the memory above: they share one pool.
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._calibration, self.calibration_dice = calibration, None
 
     def get_ready(self) -> None:
@@ -209,10 +214,11 @@ class Engine:
         if self._autotune:
             n = self.batch_sizes[-1]
             self._tiles = tune(self.plan, self._packed, n, *self.padded_size, self.device, self.dtype)
-        for _ in range(2):  # what outgrew the memory of those before it made them forget: at the end all are ready
-            for n in reversed(self.batch_sizes):
-                for key in ((False, False), (True, False)):
-                    self._prepare(n, *self.padded_size, *key)
+        with self._in_turn():
+            for _ in range(2):  # what outgrew the memory of those before it made them forget: at the end all are ready
+                for n in reversed(self.batch_sizes):
+                    for key in ((False, False), (True, False)):
+                        self._prepare(n, *self.padded_size, *key)
         if self._calibration is not None:
             self.calibration_dice = self._calibration_dice(self._calibration)
             self._calibration = None  # it is no longer needed
@@ -297,7 +303,7 @@ class Engine:
         """The plan's outputs for a batch of any size, [N, ...] at the padded size."""
         self._check(batch)
         done: list[list[Tensor]] = []
-        with self._lock:
+        with self._in_turn():
             start = 0
             while start < len(batch) or not done:
                 n = next_size(len(batch) - start, self.batch_sizes)
@@ -306,6 +312,20 @@ class Engine:
                 done.append([x[: len(given)].clone() for x in prepared(given, threshold)])
                 start += n
         return done[0] if len(done) == 1 else [torch.cat(parts) for parts in zip(*done, strict=True)]
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Within, the memory is this thread's alone, and on a GPU this thread's current stream's."""
+        with self._lock:
+            if self._last is None:
+                yield
+                return
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self._last)
+            try:
+                yield
+            finally:
+                self._last.record(stream)
 
     def _check(self, batch: Tensor) -> None:
         if batch.ndim != 4 or batch.shape[1] != self.in_channels or 0 in batch.shape[2:]:
@@ -325,6 +345,8 @@ class Engine:
     def _bound(self, plan: Plan, n: int, height: int, width: int) -> _Prepared:
         layout = lay_out(plan, self._module, n, height, width, self.device, self.dtype)
         if layout.bytes > self._memory.numel():
+            if self.device.type == "cuda":  # another stream than the current one may still be at work in it
+                torch.cuda.synchronize(self.device)
             self._ready.clear()  # what they hold is given back before more is asked for
             self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
             self._memory = torch.zeros(layout.bytes, dtype=torch.uint8, device=self.device)
@@ -334,7 +356,7 @@ class Engine:
         for step in plan.steps:
             pixels = (height >> step.level) * (width >> step.level)
             calls.append(self._module.bind(step, self._packed[step], view, pixels))
-        return _Prepared(tensors, calls, plan)
+        return _Prepared(tensors, calls, plan, self._pool)
 
     def __str__(self) -> str:
         from .describe import describe
@@ -345,12 +367,12 @@ class Engine:
 class _Prepared:
     """A plan bound to memory; on a GPU, as a CUDA graph."""
 
-    def __init__(self, tensors: dict[str, Tensor], calls: list[Callable[[], None]], plan: Plan):
+    def __init__(self, tensors: dict[str, Tensor], calls: list[Callable[[], None]], plan: Plan, pool: tuple | None):
         self.calls, self._input, self._threshold = calls, tensors["input"], tensors.get("threshold")
         self._outputs = [tensors[name] for name in plan.outputs]
         self._graph = None
         if self._input.is_cuda:
-            self._capture()
+            self._capture(pool)
 
     def __call__(self, given: Tensor, threshold: float) -> list[Tensor]:
         self._input[: len(given)].copy_(given.permute(0, 2, 3, 1))
@@ -366,8 +388,8 @@ class _Prepared:
         for call in self.calls:
             call()
 
-    def _capture(self) -> None:
-        """Runs once, so that kernels are compiled, and then records."""
+    def _capture(self, pool: tuple) -> None:
+        """Runs once, so that kernels are compiled, and then records; other threads may use their GPUs meanwhile."""
         device = self._input.device
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
@@ -376,7 +398,8 @@ class _Prepared:
                 self._go()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph), torch.no_grad():
+            # on this stream: the one that torch takes by itself stays on the GPU of the first capture
+            with torch.cuda.graph(self._graph, pool, stream, "thread_local"), torch.no_grad():
                 self._go()
 
 
