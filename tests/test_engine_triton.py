@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from engine_steps import run_steps, trained
 
 import scoat_fast
-from scoat_fast import SCOATNet
+from scoat_fast import SCOATNet, clock
 from scoat_fast.engine import pack, plan, tune
 from scoat_fast.engine.layout import FLOAT8
 from scoat_fast.errors import ScoatFastError
+from scoat_fast.ops import _verdict
 
 backend = pytest.importorskip("scoat_fast.engine.triton", exc_type=ImportError)
 interpreted = pytest.mark.skipif(
@@ -192,6 +194,22 @@ def test_every_tile_has_room_for_its_sums(family, monkeypatch, tmp_path):
     packed = {step: backend.prepare(step, weights, device, torch.float32) for step in whole.steps}
     tune.tune(whole, packed, 2, 16, 512, device, torch.float32)
     assert {64, 128} <= seen
+
+
+def test_times_and_tiles_are_of_the_gpu_that_was_asked_for(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def current(device):
+        entered.append(device)
+        yield entered.pop()
+
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(clock, "_median_ms", lambda call, *rest: (entered[:], call()))
+    assert clock.median_ms(lambda: 1.0, second, 0.0) == ([second], 1.0) and not entered
+    assert _verdict.machine(second).startswith("GPU 1 / ")
 
 
 def test_a_damaged_cache_of_tiles_is_an_error(monkeypatch, tmp_path):

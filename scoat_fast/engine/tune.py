@@ -54,7 +54,7 @@ def tune(
     from . import triton as backend
 
     known = _read()
-    here = known.setdefault(f"{_verdict.machine(device.type)} / triton {triton.__version__}", {})
+    here = known.setdefault(f"{_verdict.machine(device)} / triton {triton.__version__}", {})
     make_folder(path().parent)
 
     def most_parts(step: Step, height: int, width: int, device: torch.device, dtype: torch.dtype) -> int:
