@@ -202,7 +202,8 @@ def test_times_and_tiles_are_of_the_gpu_that_was_asked_for(monkeypatch):
     @contextlib.contextmanager
     def current(device):
         entered.append(device)
-        yield entered.pop()
+        yield
+        entered.remove(device)
 
     second = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "device", current)

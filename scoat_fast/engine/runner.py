@@ -161,7 +161,7 @@ def _why_wrong(engine: Engine, stock: Engine) -> str | None:
         error = ((ours - expected[:, :n]).abs().max() / expected.abs().max()).item()
         if not error <= BOUND[engine.dtype]:
             return f"gives logits that are {error:.1e} of the largest away from stock PyTorch's on this machine"
-        overlap = _dice(engine.mask(noise[:n], threshold).bool(), ours[-1] > math.log(threshold / (1 - threshold)))
+        overlap = dice(engine.mask(noise[:n], threshold).bool(), ours[-1] > math.log(threshold / (1 - threshold)))
         if not overlap >= MASK_DICE:
             return f"gives masks whose Dice with its own logits is {overlap:.3f} on this machine"
     return None
@@ -291,12 +291,12 @@ class Engine:
         ours = self(batch)
         error = ((ours[-1] if isinstance(ours, list) else ours).double() - exact).abs().max().item()
         mask, wanted = self.mask(batch, threshold).bool(), exact > math.log(threshold / (1 - threshold))
-        return EngineParity(error, error / exact.abs().max().item(), _dice(mask, wanted))
+        return EngineParity(error, error / exact.abs().max().item(), dice(mask, wanted))
 
     def _calibration_dice(self, batch: Tensor) -> float:
         """The Dice of the masks of this engine and one of bfloat16."""
         wide = Engine(self.net, self.device, torch.bfloat16, self.backend, self.batch_sizes, self.size)
-        return _dice(self.mask(batch).bool(), wide.mask(batch).bool())
+        return dice(self.mask(batch).bool(), wide.mask(batch).bool())
 
     @torch.no_grad()
     def _run(self, batch: Tensor, mask: bool, attention: bool = False, threshold: float = 0.0) -> list[Tensor]:
@@ -438,7 +438,8 @@ def next_size(left: int, sizes: tuple[int, ...]) -> int:
     return max(covers[left], default=sizes[0])  # padding at the end; an empty batch gives shapes
 
 
-def _dice(a: Tensor, b: Tensor) -> float:
+def dice(a: Tensor, b: Tensor) -> float:
+    """The overlap of two masks of bool: 1 where both are empty."""
     both = int(a.sum() + b.sum())
     return 2 * int((a & b).sum()) / both if both else 1.0
 
