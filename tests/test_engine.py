@@ -536,3 +536,5 @@ def test_an_engine_prints_its_plan():
     assert f"{engine.backend} backend, float32" in text
     assert len(text.splitlines()) >= len(engine.plan.steps) + 4
     assert "convolve 3x3 input[0:1] -> between0_0[0:8], row0[0:8]" in text
+    kernels = {"cpu": "convolve, Winograd F(4x4, 3x3), 24 tiles", "reference": "operators of PyTorch"}
+    assert kernels[engine.backend] in text

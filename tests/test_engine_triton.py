@@ -94,6 +94,22 @@ def test_boxes_want_aligned_channels():
     assert "multiples of 32 channels" in backend.why_no_boxes([16, 32], FLOAT8)
 
 
+def test_a_kernel_is_named_with_its_tile(family):
+    device, steps = torch.device("cpu"), plan.build(SCOATNet(width=32)).steps
+    of_one_channel = "convolve 128x32x16 by pointers, 4 warps, 3 stages"  # which fills no box
+    assert backend.kernel(steps[0], 512, device, torch.bfloat16) == of_one_channel
+    scaled = next(step for step in steps if isinstance(step, plan.Convolve) and step.scale and step.level == 1)
+    assert (
+        backend.kernel(scaled, 256, device, torch.bfloat16)
+        == {
+            "sm90": "scale_weights, convolve 128x64x64 by boxes, 4 warps, 4 stages",
+            "sm80": "scale_weights, convolve 128x64x32 by pointers, 4 warps, 3 stages",
+        }[backend.forced]
+    )
+    named = {backend.kernel(step, 512 >> step.level, device, torch.bfloat16).split()[0] for step in steps}
+    assert named == {"convolve", "scale_weights,", "attend", "up_forward", "means,", "head"}
+
+
 def test_what_it_refuses():
     assert "not in float64" in backend.why_not(torch.device("cpu"), torch.float64)
     assert backend.why_not(torch.device("meta"), torch.float32) == "needs CUDA tensors, got meta"

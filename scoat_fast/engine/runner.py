@@ -269,6 +269,12 @@ class Engine:
         (found,) = self._run(batch, mask=True, threshold=math.log(threshold / (1 - threshold)))
         return found[:, :, : batch.shape[2], : batch.shape[3]].contiguous()
 
+    def kernel(self, step: Step) -> str:
+        """What runs a step at the engine's size, for people to read."""
+        with using(self._tiles):
+            kind = step_dtype(self.plan, step, self.dtype)
+            return self._module.kernel(step, self.padded_size[1] >> step.level, self.device, kind)
+
     def calls(self, n: int) -> list[tuple[Step, Callable[[], None]]]:
         """The steps for ``n`` slices, each with what runs it alone on what the buffers hold: to time them."""
         prepared = self._prepare(n, *self.padded_size, False, False)

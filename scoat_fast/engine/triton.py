@@ -84,6 +84,24 @@ def rows(step: Convolve) -> int:
     return taps * _padded(step.out.channels)
 
 
+def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs a step in rows of ``width`` pixels, for people to read: with its tile, and how it is read."""
+    match step:
+        case Convolve() | Attend():
+            tile = _tile_of(step, width, device, dtype)
+            name = "attend" if isinstance(step, Attend) else "convolve"
+            name = f"scale_weights, {name}" if isinstance(step, Convolve) and step.scale is not None else name
+            cut = f"{f'{tile.rows} x ' if tile.rows > 1 else ''}{tile.pixels}x{tile.channels}x{tile.depth}"
+            read = "boxes" if tile.boxes else "pointers"
+            return f"{name} {cut} by {read}, {tile.warps} warps, {tile.stages} stages"
+        case Gate():
+            return "up_forward"
+        case Excite():
+            return "means, excite"
+        case Head():
+            return f"head {POINTS} pixels"
+
+
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
     """Weights by name: those of products with features as ``_packed`` gives them."""
     if isinstance(step, Gate):
