@@ -74,7 +74,7 @@ def test_every_buffer_is_written_before_it_is_read():
         written = set(whole.inputs)
         for step in whole.steps:
             assert {used.buffer for used in plan.reads(step)} <= written | {plan.writes(step)[0].buffer}
-            written |= {used.buffer for used in plan.writes(step)}
+            written |= {used.buffer for used in [*plan.writes(step), *plan.scratch(step)]}
         assert written == set(whole.buffers)
 
 
