@@ -3,7 +3,8 @@
 #
 #   benchmarks/run_on_gpu.sh tests            scoat-fast doctor and the test suite, on the GPU where a test can use it
 #   benchmarks/run_on_gpu.sh sanitize         the kernels under compute-sanitizer
-#   benchmarks/run_on_gpu.sh model            forward pass: eager, torch.compile and the engine, and its single steps
+#   benchmarks/run_on_gpu.sh model            forward pass: the engine, its single steps, and eager
+#   benchmarks/run_on_gpu.sh compiled [WIDTH] forward pass: the engine, eager and torch.compile (default: 32)
 #   benchmarks/run_on_gpu.sh tune             the engine with tiles tuned on this GPU, which are printed
 #   benchmarks/run_on_gpu.sh train            a step of training: eager, torch.compile and SCOATNet
 #   benchmarks/run_on_gpu.sh cohort           many scans, from files to files
@@ -38,11 +39,14 @@ case $part in
     done
     ;;
   model)
-    # the first is whole in three minutes; compiling takes most of the rest
-    timeout -k 10 260 python3 -m scoat_fast.cli bench model --width 32 64 --batch 32 8 1 --seconds 1 --details \
-      --commit "$commit" -o "$out/model.json" | tee "$out/model.log" | grep -v 'GFLOP/s$'
-    timeout -k 10 300 python3 -m scoat_fast.cli bench model --width 32 --batch 32 --compile --seconds 1 \
-      --commit "$commit" -o "$out/model_compiled.json"
+    timeout -k 10 570 python3 -m scoat_fast.cli bench model --width 32 64 --batch 32 8 1 --seconds 1 --details \
+      --commit "$commit" -o "$out/model.json" | tee "$out/model.log" | grep -v 'GFLOP/s'
+    ;;
+  compiled)
+    # each row is saved as it is done; compiling takes most of the time, so the largest batch comes first
+    width=${2:-32}
+    timeout -k 10 570 python3 -m scoat_fast.cli bench model --width "$width" --batch 32 8 1 --compile --seconds 1 \
+      --commit "$commit" -o "$out/model_compiled_w$width.json"
     ;;
   tune)
     # goes on where it was stopped, if $out is kept
@@ -82,7 +86,7 @@ case $part in
     tail -3 "$out/metrics.csv"
     ;;
   *)
-    sed -n '2,15p' "$0"
+    sed -n '2,16p' "$0"
     exit 2
     ;;
 esac

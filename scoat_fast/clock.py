@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -18,8 +19,14 @@ def median_ms(call: Callable[[], object], device: torch.device, seconds: float) 
     """The median time of a call in ms, over about ``seconds`` of runs and at least five.
 
     Before every run the caches are filled with something else, by reading it, so that inputs come from memory and no
-    writing is left over. On a GPU the runs are timed by events, on a CPU by the clock.
+    writing is left over. On a GPU the runs are timed by events, on a CPU by the clock; what ``call`` runs on is the
+    current stream of ``device``.
     """
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return _median_ms(call, device, seconds)
+
+
+def _median_ms(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     flush = torch.ones(FLUSH // 4, device=device)  # written: pages that never were take no room in a cache
     runs = _gpu_runs if device.type == "cuda" else _cpu_runs
     call()

@@ -47,7 +47,7 @@ def run_steps(net: SCOATNet, backend: str, dtype: torch.dtype, shape: tuple[int,
     module = importlib.import_module(f"scoat_fast.engine.{backend}")
     whole, weights = plan.build(net, **options), pack.pack(net)
     torch.manual_seed(5)
-    exact = _allocate(whole, reference.parts, shape, torch.float64)
+    exact = _allocate(whole, reference, shape, torch.float64)
     exact["input"].uniform_()
     if "threshold" in exact:
         exact["threshold"].fill_(0.1)
@@ -56,7 +56,7 @@ def run_steps(net: SCOATNet, backend: str, dtype: torch.dtype, shape: tuple[int,
         results = {}
         before = {name: x.clone() for name, x in exact.items()}
         for name, runner in (("ours", module), ("stock", reference)):
-            tensors = _allocate(whole, runner.parts, shape, dtype)
+            tensors = _allocate(whole, runner, shape, dtype)
             for used in plan.reads(step):
                 _put(view_of(whole, tensors)(used), view_of(whole, before)(used))
             results[name] = _run(runner, step, whole, weights, tensors, shape, dtype)
@@ -86,8 +86,8 @@ def _put(to: Tensor, value: Tensor) -> None:
         to.copy_(value)
 
 
-def _allocate(whole: plan.Plan, parts, shape, dtype) -> dict[str, Tensor]:
+def _allocate(whole: plan.Plan, backend, shape, dtype) -> dict[str, Tensor]:
     """Every buffer by itself, full of NaN: of 255 where it has none."""
-    places = lay_out(whole, parts, *shape, torch.device("cpu"), dtype).places
+    places = lay_out(whole, backend, *shape, torch.device("cpu"), dtype).places
     return {name: torch.full(size, 255 if kind == torch.uint8 else torch.nan, dtype=kind)
             for name, (_, size, kind) in places.items()}  # fmt: skip

@@ -249,7 +249,9 @@ def results_file(path, **changes):
 
 def model_results(path, **changes):
     row = {"width": 32, "batch": 1, "size": 512, "dtype": "float32", "us_per_slice": 3e6} | changes
+    row |= {"percent_of_floor": 12.0, "peak_mib": None}
     rows = [row | {"name": "eager float32"}, row | {"name": "engine cpu float32", "us_per_slice": 1e6}]
+    rows[1] |= {"percent_of_floor": 36.0, "peak_mib": 700.0}
     rows.append(row | {"name": "engine triton bfloat16", "us_per_slice": None})
     path.write_text(json.dumps({"gpu": None, "cpu": "any", "rows": rows}))
     return path
@@ -257,10 +259,10 @@ def model_results(path, **changes):
 
 def test_results_as_a_table(tmp_path):
     assert table_of(model_results(tmp_path / "model.json")).splitlines() == [
-        "| | width, size, batch | ms a slice | slices/s | x eager |",
-        "|---|---|---|---|---|",
-        "| eager float32 | 32, 512x512, 1 | 3000 | 0.333 | 1.00 |",
-        "| engine cpu float32 | 32, 512x512, 1 | 1000 | 1 | 3.00 |",
+        "| | width, size, batch | ms a slice | slices/s | x eager | % of floor | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+        "| eager float32 | 32, 512x512, 1 | 3000 | 0.333 | 1.00 | 12 | |",
+        "| engine cpu float32 | 32, 512x512, 1 | 1000 | 1 | 3.00 | 36 | 700 |",
     ]
     with pytest.raises(BadInputError, match="wanted results of scoat-fast bench model"):
         table_of(results_file(tmp_path / "ops.json"))
@@ -363,6 +365,8 @@ def test_model_rows_are_checked_before_they_are_timed(tmp_path, monkeypatch, cap
         assert {"name", "width", "batch", "dtype", "us_per_slice", "peak_mib", "error"} <= row.keys()
     assert len(result["steps"]) == 59 and len(result["convolutions"]) == 20
     assert all(row["us_per_slice"] > 0 for part in ("steps", "convolutions") for row in result[part])
+    for row in result["steps"]:
+        assert row["percent_of_floor"] == pytest.approx(100 * row["floor_us"] / row["us_per_slice"])
 
     everyone = model.contenders
 
@@ -377,6 +381,38 @@ def test_model_rows_are_checked_before_they_are_timed(tmp_path, monkeypatch, cap
     wrong = [row for row in result["rows"] if row["name"].startswith("SCOATNet")]
     assert all(row["us_per_slice"] is None and "allowed is" in row["reason"] for row in wrong)
     assert "no time: its error is 1.0e-02" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"), [("__call__", "its error is"), ("mask", "the Dice of its mask with its")]
+)
+def test_a_model_row_is_checked_in_every_slice_and_its_mask(monkeypatch, method, reason):
+    from scoat_fast.bench import contenders, model
+
+    run = getattr(contenders.Engine, method)
+    x, net = torch.rand(3, 1, 32, 32), model.SCOATNet(width=3).eval()
+    exact = contenders.baseline_of(net).double()(x.double()).detach()
+    contender = contenders.Contender("engine", torch.float32, contenders._engine("reference", torch.float32))
+    assert model.measure(contender, net, x, exact, 0.0)["reason"] is None
+
+    def broken(self, batch, *rest):
+        found = run(self, batch, *rest)
+        found[1:] = 0
+        return found
+
+    monkeypatch.setattr(contenders.Engine, method, broken)
+    row = model.measure(contender, net, x, exact, 0.0)
+    assert row["us_per_slice"] is None and reason in row["reason"]
+
+
+def test_float8_must_find_the_same_pixels():
+    from scoat_fast.bench import contenders, model
+    from scoat_fast.engine.layout import FLOAT8
+
+    exact = torch.linspace(-0.1, 1, 64).view(1, 1, 8, 8).double()
+    contender = contenders.Contender("engine", FLOAT8, None)
+    assert model.wrong(contender, 0.01, exact + 0.01, exact, None) is None
+    assert "the Dice of its mask is" in model.wrong(contender, 0.4, exact - 0.4, exact, None)
 
 
 # Cohorts

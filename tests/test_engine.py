@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -23,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import scoat_fast
 from scoat_fast import ScoatFastError, SCOATNet, WeightsError
 from scoat_fast.bench.eager import EagerSCOATNet
-from scoat_fast.engine import calibrate, pack, plan, runner
-from scoat_fast.engine.layout import FLOAT8, lay_out
+from scoat_fast.engine import calibrate, pack, plan, reference, runner
+from scoat_fast.engine.layout import FLOAT8, lay_out, view_of
 from scoat_fast.imaging.volume import Turn
 from scoat_fast.imaging.window import Window
 
@@ -73,20 +74,43 @@ def test_every_buffer_is_written_before_it_is_read():
         written = set(whole.inputs)
         for step in whole.steps:
             assert {used.buffer for used in plan.reads(step)} <= written | {plan.writes(step)[0].buffer}
-            written |= {used.buffer for used in plan.writes(step)}
+            written |= {used.buffer for used in [*plan.writes(step), *plan.scratch(step)]}
         assert written == set(whole.buffers)
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 64, 48)])
 def test_buffers_that_live_together_do_not_overlap(shape):
     whole = plan.build(SCOATNet(width=8), attention=True)
-    layout = lay_out(whole, lambda step, height, *rest: height, *shape, torch.device("cpu"), torch.bfloat16)
+    extents = SimpleNamespace(parts=lambda step, height, *rest: height, rows=lambda step: 10 * step.out.channels)
+    layout = lay_out(whole, extents, *shape, torch.device("cpu"), torch.bfloat16)
     memory = torch.zeros(layout.bytes, dtype=torch.uint8)
-    ranges = {name: (x.data_ptr(), x.data_ptr() + x.nbytes) for name, x in layout.tensors(memory).items()}
-    for name, (first, last) in whole.lifetimes.items():
-        for other, (born, dead) in whole.lifetimes.items():
+    tensors = {name: x for name, x in layout.tensors(memory).items() if whole.buffers[name].within is None}
+    ranges = {name: (x.data_ptr(), x.data_ptr() + x.nbytes) for name, x in tensors.items()}
+    lifetimes = {name: whole.lifetimes[name] for name in ranges}
+    for name, (first, last) in lifetimes.items():
+        for other, (born, dead) in lifetimes.items():
             if name != other and first <= dead and born <= last:
                 assert ranges[name][1] <= ranges[other][0] or ranges[other][1] <= ranges[name][0], (name, other)
+
+
+def test_what_lies_in_a_row_is_gone_before_its_node_comes():
+    whole = plan.build(SCOATNet(width=8))
+    layout = lay_out(whole, reference, 2, 32, 48, torch.device("cpu"), torch.float32)
+    tensors = layout.tensors(torch.zeros(layout.bytes, dtype=torch.uint8))
+    inside = {name: buffer.within for name, buffer in whole.buffers.items() if buffer.within is not None}
+    assert inside.keys() == layout.within.keys() == {"between0_1", "between0_2"}
+    for name, channels in inside.items():
+        born, dead = whole.lifetimes[name]
+        row = tensors[channels.buffer]
+        assert tensors[name].data_ptr() == row[..., channels.first :].data_ptr()
+        assert tensors[name].shape == (*row.shape[:3], channels.channels) and tensors[name].stride() == row.stride()
+        assert whole.lifetimes[channels.buffer][0] <= born and dead <= whole.lifetimes[channels.buffer][1]
+        for number, step in enumerate(whole.steps):
+            for used in [*plan.reads(step), *plan.writes(step)]:
+                beside = (
+                    used.first >= channels.first + channels.channels or used.first + used.channels <= channels.first
+                )
+                assert used.buffer != channels.buffer or beside or number > dead, (name, plan.summary(step))
 
 
 class PeakMemory(TorchDispatchMode):
@@ -114,11 +138,35 @@ class PeakMemory(TorchDispatchMode):
 
 
 def test_peak_memory_is_half_of_eager():
-    x = torch.rand(1, 1, 128, 128)
-    with torch.no_grad(), PeakMemory() as eager:
-        EagerSCOATNet(width=16).eval()(x)
-    engine = scoat_fast.compile(SCOATNet(width=16), size=128, backend="reference")
-    assert engine.memory_bytes < 0.5 * eager.peak
+    """What the Triton backend asks for; tensors without memory, so that it may be as large as on a GPU."""
+    triton = pytest.importorskip("scoat_fast.engine.triton", exc_type=ImportError)
+    device = torch.device("meta")
+    for width in (32, 64):
+        with torch.no_grad(), device:
+            net, baseline = SCOATNet(width=width), EagerSCOATNet(width=width).to(torch.bfloat16).eval()
+            x = torch.empty(32, 1, 512, 512, dtype=torch.bfloat16)
+            with PeakMemory() as eager:
+                baseline(x)
+            for options in ({}, {"mask": True}, {"attention": True}):
+                whole = plan.build(net, **options)
+                layout = lay_out(whole, triton, 32, 512, 512, device, torch.bfloat16)
+                assert layout.bytes < 0.45 * eager.peak, (width, options)
+                _, shape, _ = layout.places["scaled1_1"]  # a slice's own weights are among it
+                assert shape == (32, 10 * 2 * width, 6 * width)
+
+
+def test_steps_need_no_memory_beside_what_is_planned():
+    triton = pytest.importorskip("scoat_fast.engine.triton", exc_type=ImportError)
+    net, device = SCOATNet(width=16), torch.device("meta")
+    whole, weights = plan.build(net), pack.pack(net)
+    layout = lay_out(whole, triton, 32, 512, 512, device, torch.bfloat16)
+    with PeakMemory() as bound:
+        ready = [(step, triton.prepare(step, weights, device, torch.bfloat16)) for step in whole.steps]
+        start = bound.peak = bound.now
+        tensors = layout.tensors(torch.empty(layout.bytes, dtype=torch.uint8, device=device))
+        for step, prepared in ready:
+            triton.bind(step, prepared, view_of(whole, tensors), (512 >> step.level) ** 2)
+    assert layout.bytes <= bound.peak - start < layout.bytes + (1 << 20)
 
 
 @pytest.mark.parametrize("width, microseconds", [(32, 431), (64, 1569)])
@@ -217,11 +265,12 @@ def test_results_are_the_callers_own():
 
 def test_the_network_stays_as_it_was():
     net = trained(width=8).train()
+    net.conv2_1.bn1.eval()  # frozen
     before = copy.deepcopy(net.state_dict())
     engine = scoat_fast.compile(net, size=32)
     x = torch.rand(1, 1, 32, 32)
     assert engine.parity(x).relative < 1e-5
-    assert net.training
+    assert [name for name, module in net.named_modules() if not module.training] == ["conv2_1.bn1"]
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     with torch.no_grad():
         net.final.bias += 1
@@ -236,6 +285,28 @@ def test_other_sizes_and_empty_batches():
         assert relative(engine(x), double(net, x)) < 1e-5
     assert engine(torch.rand(0, 1, 32, 32)).shape == (0, 1, 32, 32)
     assert engine.mask(torch.rand(0, 1, 30, 32)).shape == (0, 1, 30, 32)
+    with pytest.raises(ValueError, match="at least one slice is wanted to compare on, got none"):
+        engine.parity(torch.rand(0, 1, 32, 32))
+
+
+def test_batches_are_cut_with_little_padding():
+    def cut(left: int, *sizes: int) -> list[int]:
+        found = []
+        while left > 0:
+            found.append(runner.next_size(left, sizes))
+            left -= found[-1]
+        return found
+
+    assert cut(9, 1, 8, 32) == [8, 1]
+    assert cut(31, 1, 8, 32) == [32] and cut(33, 1, 8, 32) == [32, 1] and cut(64, 1, 8, 32) == [32, 32]
+    assert cut(3, 1, 8, 32) == [1, 1, 1] and cut(6, 1, 8, 32) == [8] and cut(14, 1, 8, 32) == [8, 8]
+    assert cut(5, 2) == [2, 2, 2] and cut(1, 4) == [4]
+    engine = scoat_fast.compile(trained(width=8), size=32, batch_sizes=(1, 4, 16))
+    x = torch.rand(5, 1, 32, 32)
+    ran = []
+    prepare = engine._prepare
+    engine._prepare = lambda n, *rest: ran.append(n) or prepare(n, *rest)
+    assert engine(x).shape == x.shape and ran == [4, 1]
 
 
 def test_it_is_ready_at_once_in_and_out_of_inference_mode(monkeypatch):
@@ -322,7 +393,7 @@ def test_float8_finds_the_same_opacity():
     assert 0.97 < engine.calibration_dice < 1
     assert f"bfloat16 on the calibration slices: {engine.calibration_dice:.4f}" in str(engine)
     assert engine(x).dtype == torch.float32
-    places = lay_out(engine.plan, lambda *_: 1, 1, 256, 256, engine.device, FLOAT8).places
+    places = lay_out(engine.plan, reference, 1, 256, 256, engine.device, FLOAT8).places
     assert {name: places[name][2] for name in ("row0", "x0_4", "input")} == {
         "row0": FLOAT8, "x0_4": torch.bfloat16, "input": torch.bfloat16
     }  # fmt: skip
@@ -413,6 +484,51 @@ def test_a_backend_that_computes_wrongly_is_not_chosen(monkeypatch):
     assert scoat_fast.compile(net, size=32, backend="cpu").backend == "cpu"  # who asks for it gets it
 
 
+@native
+def test_every_slice_is_checked_and_masks_too(monkeypatch):
+    net, options = trained(width=8), {"size": 32, "batch_sizes": (1, 2)}
+    monkeypatch.setattr(runner, "CHECKED", ("cpu",))
+    cpu = importlib.import_module("scoat_fast.engine.cpu")
+    bind = cpu.bind
+
+    def breaking(kind: str, first: int):
+        """As it is bound, but with the head's result of the slices from ``first`` on lost."""
+
+        def bound(step, weights, view, pixels):
+            call = bind(step, weights, view, pixels)
+            if not isinstance(step, plan.Head) or (step.threshold is None) != (kind == "logits"):
+                return call
+            return lambda: (call(), view(step.out)[first:].zero_())
+
+        return bound
+
+    for kind, first, reason in (("logits", 1, "gives logits that are"), ("mask", 0, "gives masks whose Dice")):
+        monkeypatch.setattr(cpu, "bind", breaking(kind, first))
+        with pytest.warns(UserWarning, match=f"cpu {reason} .*; stock PyTorch runs instead"):
+            engine = scoat_fast.compile(net, **options)
+        assert engine.backend == "reference" and reason in engine.refusals["cpu"]
+
+
+@native
+def test_a_backend_that_fails_is_not_chosen(monkeypatch):
+    cpu = importlib.import_module("scoat_fast.engine.cpu")
+    net, failure = trained(width=8), ValueError("out of resources: shared memory\nand more")
+
+    def bind(*args):
+        raise failure
+
+    monkeypatch.setattr(cpu, "bind", bind)
+    with pytest.warns(UserWarning, match="cpu cannot run here: ValueError: out of resources: .*; stock") as warned:
+        engine = scoat_fast.compile(net, size=32)
+    assert len(warned) == 1 and engine.backend == "reference"
+    assert engine.refusals == {"cpu": "cannot run here: ValueError: out of resources: shared memory"}
+    with pytest.raises(ValueError, match="out of resources"):
+        scoat_fast.compile(net, size=32, backend="cpu")  # who asks for it learns all of it
+    failure = torch.OutOfMemoryError("no memory left")
+    with pytest.raises(torch.OutOfMemoryError):
+        scoat_fast.compile(net, size=32)
+
+
 def test_an_engine_prints_its_plan():
     engine = scoat_fast.compile(trained(width=8), size=(30, 48))
     text = str(engine)
@@ -420,3 +536,5 @@ def test_an_engine_prints_its_plan():
     assert f"{engine.backend} backend, float32" in text
     assert len(text.splitlines()) >= len(engine.plan.steps) + 4
     assert "convolve 3x3 input[0:1] -> between0_0[0:8], row0[0:8]" in text
+    kernels = {"cpu": "convolve, Winograd F(4x4, 3x3), 24 tiles", "reference": "operators of PyTorch"}
+    assert kernels[engine.backend] in text

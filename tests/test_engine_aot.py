@@ -21,12 +21,18 @@ from test_triton_aot import SHARED, disassembly, specialized
 triton = pytest.importorskip("triton")
 
 FAMILIES = {80: "sm80", 86: "sm80", 89: "sm80", 90: "sm90", 100: "sm90", 120: "sm120"}
-WIDTHS = {80: (32,), 86: (32,), 90: (32, 64), 100: (32,), 120: (32,)}
-WIDTHS_IN_FLOAT8 = {89: (32,), 90: (32,)}
 SHARED = {**SHARED, 86: 99}
 # by what they write: wide and narrow rows, one source and two, channels as rows, recalibrated, pooled
 STEPS = ("x0_4", "between0_4", "between2_1", "between3_1", "x4_0", "attention1_1", "scale1_1", "logits4", "pool2")
 CONVOLUTIONS = ("convolve", "attend")
+BFLOAT16, FLOAT16, FLOAT32, FLOAT8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+CASES = (  # dtype, capability, width, size, steps
+    *((BFLOAT16, capability, 32, 512, STEPS) for capability in (80, 86, 90, 100, 120)),
+    (BFLOAT16, 90, 64, 512, STEPS),
+    *((FLOAT8, capability, 32, 512, STEPS) for capability in (89, 90)),
+    (FLOAT32, 90, 32, 512, ("x0_4", "between2_1", "attention1_1", "attention3_1", "pool2")),
+    *((dtype, 90, 16, 256, ("x0_4", "between2_1", "attention1_1")) for dtype in (FLOAT32, FLOAT16)),
+)  # the last: the shape of the weights that ship
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +51,9 @@ def compiled() -> list[dict]:
 
 
 def of(compiled: list[dict], *capabilities: int, float8: bool = False) -> list[dict]:
-    """The products of features with weights."""
+    """The products of features with weights that tensor cores are for."""
     found = [each for each in compiled if each["capability"] in capabilities and each["kernel"] in CONVOLUTIONS]
-    found = [each for each in found if each["float8"] == float8]
+    found = [each for each in found if each["float8"] == float8 and not each["float32"]]
     assert found
     return found
 
@@ -71,7 +77,7 @@ def test_nothing_spills(compiled):
 
 
 def test_registers_leave_room(compiled):
-    for each in of(compiled, 80, 90):
+    for each in compiled:
         if each["registers"] is not None:
             assert each["registers"] <= 255 and each["registers"] * 32 * each["warps"] <= 65536, each
 
@@ -107,7 +113,7 @@ def test_older_cards_multiply_with_tensor_cores(compiled):
 # What the process of its own does.
 
 
-def launches(capability: int, width: int, size: int, dtype: torch.dtype) -> Iterator:
+def launches(dtype: torch.dtype, capability: int, width: int, size: int, steps: tuple[str, ...]) -> Iterator:
     """The different launches of a batch of 8."""
     from scoat_fast import SCOATNet
     from scoat_fast.engine import pack, plan
@@ -117,10 +123,10 @@ def launches(capability: int, width: int, size: int, dtype: torch.dtype) -> Iter
     backend.forced, device = FAMILIES[capability], torch.device("meta")
     net = SCOATNet(width=width)
     whole, weights = plan.build(net), pack.pack(net.eval())
-    places = lay_out(whole, backend.parts, 8, size, size, device, dtype).places
-    tensors = {name: torch.empty(shape, dtype=kind, device=device) for name, (_, shape, kind) in places.items()}
+    layout = lay_out(whole, backend, 8, size, size, device, dtype)
+    tensors = layout.tensors(torch.empty(layout.bytes, dtype=torch.uint8, device=device))
     for step in whole.steps:
-        if {used.buffer for used in plan.writes(step)} & set(STEPS):
+        if {used.buffer for used in plan.writes(step)} & set(steps):
             ready = backend.prepare(step, weights, device, step_dtype(whole, step, dtype))
             for launch in backend.launches(step, ready, view_of(whole, tensors), (size >> step.level) ** 2):
                 yield launch, plan.summary(step)
@@ -172,14 +178,13 @@ def measure(launch, capability: int, what: str) -> dict:
 
 def main() -> None:
     measured, seen = [], set()
-    for dtype, widths in ((torch.bfloat16, WIDTHS), (torch.float8_e4m3fn, WIDTHS_IN_FLOAT8)):
-        for capability, width in ((capability, width) for capability, each in widths.items() for width in each):
-            for launch, what in launches(capability, width, 512, dtype):
-                made = source(launch)
-                key = (capability, launch.kernel.fn.__name__, str(made.signature), str(made.constants))
-                if key not in seen:
-                    seen.add(key)
-                    measured.append(measure(launch, capability, f"width {width}: {what}"))
+    for dtype, capability, width, size, steps in CASES:
+        for launch, what in launches(dtype, capability, width, size, steps):
+            made = source(launch)
+            key = (capability, launch.kernel.fn.__name__, str(made.signature), str(made.constants))
+            if key not in seen:
+                seen.add(key)
+                measured.append(measure(launch, capability, f"width {width}: {what}") | {"float32": dtype == FLOAT32})
     json.dump(measured, sys.stdout)
 
 

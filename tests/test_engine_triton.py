@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from engine_steps import run_steps, trained
 
 import scoat_fast
-from scoat_fast.engine import plan, tune
+from scoat_fast import SCOATNet, clock
+from scoat_fast.engine import pack, plan, tune
 from scoat_fast.engine.layout import FLOAT8
 from scoat_fast.errors import ScoatFastError
+from scoat_fast.ops import _verdict
 
 backend = pytest.importorskip("scoat_fast.engine.triton", exc_type=ImportError)
 interpreted = pytest.mark.skipif(
@@ -89,6 +92,22 @@ def test_boxes_want_aligned_channels():
     assert backend.why_no_boxes([12, 24], torch.float32) is None
     assert backend.why_no_boxes([32, 64], FLOAT8) is None
     assert "multiples of 32 channels" in backend.why_no_boxes([16, 32], FLOAT8)
+
+
+def test_a_kernel_is_named_with_its_tile(family):
+    device, steps = torch.device("cpu"), plan.build(SCOATNet(width=32)).steps
+    of_one_channel = "convolve 128x32x16 by pointers, 4 warps, 3 stages"  # which fills no box
+    assert backend.kernel(steps[0], 512, device, torch.bfloat16) == of_one_channel
+    scaled = next(step for step in steps if isinstance(step, plan.Convolve) and step.scale and step.level == 1)
+    assert (
+        backend.kernel(scaled, 256, device, torch.bfloat16)
+        == {
+            "sm90": "scale_weights, convolve 128x64x64 by boxes, 4 warps, 4 stages",
+            "sm80": "scale_weights, convolve 128x64x32 by pointers, 4 warps, 3 stages",
+        }[backend.forced]
+    )
+    named = {backend.kernel(step, 512 >> step.level, device, torch.bfloat16).split()[0] for step in steps}
+    assert named == {"convolve", "scale_weights,", "attend", "up_forward", "means,", "head"}
 
 
 def test_what_it_refuses():
@@ -170,7 +189,44 @@ def test_tiles_are_measured_once_and_kept(times, monkeypatch, tmp_path):
     assert set(stages) == {5}
     del stages[:]
     plain(x)
-    assert set(stages) == {3, 4, 5}  # by pointers, and by boxes
+    assert set(stages) == {4, 5}  # the table's, and those without
+
+
+def test_every_tile_has_room_for_its_sums(family, monkeypatch, tmp_path):
+    """Also one of fewer pixels than the table's, which leaves more of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "median_ms", lambda call, *rest: call() or 1.0)
+    seen = set()
+
+    def run(self) -> None:
+        if (sums := self.arguments.get("sums")) is not None and self.kernel is backend.kernels.convolve:
+            assert self.grid[0] // len(sums) <= sums.shape[1]  # of no more than one block of channels
+            seen.add(self.arguments["BP"])
+
+    monkeypatch.setattr(backend.Launch, "run", run)
+    monkeypatch.setattr(backend.pointwise.Launch, "run", lambda self: None)
+    net, device = SCOATNet(width=16), torch.device("cpu")
+    whole, weights = plan.build(net), pack.pack(net)
+    packed = {step: backend.prepare(step, weights, device, torch.float32) for step in whole.steps}
+    tune.tune(whole, packed, 2, 16, 512, device, torch.float32)
+    assert {64, 128} <= seen
+
+
+def test_times_and_tiles_are_of_the_gpu_that_was_asked_for(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def current(device):
+        entered.append(device)
+        yield
+        entered.remove(device)
+
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(clock, "_median_ms", lambda call, *rest: (entered[:], call()))
+    assert clock.median_ms(lambda: 1.0, second, 0.0) == ([second], 1.0) and not entered
+    assert _verdict.machine(second).startswith("GPU 1 / ")
 
 
 def test_a_damaged_cache_of_tiles_is_an_error(monkeypatch, tmp_path):

@@ -55,16 +55,20 @@ def table(results: str | Path) -> str:
         )
     if not _is_model(result):
         raise BadInputError(results, "wanted results of scoat-fast bench model")
-    lines = ["| | width, size, batch | ms a slice | slices/s | x eager |", "|---|---|---|---|---|"]
+    lines = ["| | width, size, batch | ms a slice | slices/s | x eager | % of floor | peak MiB |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for row in _timed(result):
         where = f"{row['width']}, {row['size']}x{row['size']}, {row['batch']}"
         us, ratio = row["us_per_slice"], _times_faster(result, row)
-        lines.append(f"| {row['name']} | {where} | {us / 1000:.4g} | {1e6 / us:.3g} | {_or_dash(ratio)} |")
+        cells = [row["name"], where, f"{us / 1000:.4g}", f"{1e6 / us:.3g}", _or_empty(ratio, ".2f")]
+        cells += [_or_empty(row["percent_of_floor"], ".0f"), _or_empty(row["peak_mib"], ".0f")]
+        lines.append("|" + "".join(f" {cell} |" if cell else " |" for cell in cells))
     return "\n".join(lines)
 
 
-def _or_dash(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
+def _or_empty(number: float | None, form: str) -> str:
+    """What was not measured is not shown."""
+    return "" if number is None else format(number, form)
 
 
 def _read(path: Path) -> dict:

@@ -43,8 +43,14 @@ class Contender:
 
 
 def contenders(device: torch.device, compile: bool, autotune: bool = False) -> Iterator[Contender]:
-    """What is compared on a device. Compiling for a CPU takes minutes, and is left out without ``compile``."""
+    """What is compared on a device: the engine first, and last what takes minutes, left out without ``compile``."""
     single, contiguous, last = torch.float32, torch.contiguous_format, torch.channels_last
+    for backend in ORDER[device.type]:
+        eight = (FLOAT8,) if backend == "triton" and has_float8(device) else ()
+        for dtype in (*HALVES, single, *eight) if device.type == "cuda" else (single,):
+            yield Contender(f"engine {backend} {str(dtype)[6:]}", dtype, _engine(backend, dtype))
+    if autotune:
+        yield Contender("engine triton bfloat16 autotuned", torch.bfloat16, _engine("triton", torch.bfloat16, True))
     yield Contender("eager float32", single, _stock(single, contiguous))
     yield Contender("eager float32 channels_last", single, _stock(single, last))
     yield Contender("SCOATNet float32", single, _ours(single, contiguous))
@@ -54,19 +60,13 @@ def contenders(device: torch.device, compile: bool, autotune: bool = False) -> I
         yield Contender("eager TF32 channels_last", single, _stock(single, last), tf32=True)
         yield Contender("eager bfloat16 channels_last", half, _stock(half, last))
         yield Contender("SCOATNet bfloat16 channels_last", half, _ours(half, last))
+        for mode in ("default", "max-autotune") if compile else ():  # the second records CUDA graphs, too
+            yield Contender(f"compile {mode} bfloat16 channels_last", half, _stock(half, last, mode))
+    else:
+        if all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+            yield Contender("ONNX Runtime float32", single, _onnx_runtime)
         if compile:
-            for mode in ("default", "max-autotune"):  # the second records CUDA graphs, too
-                yield Contender(f"compile {mode} bfloat16 channels_last", half, _stock(half, last, mode))
-    elif compile:
-        yield Contender("compile float32", single, _stock(single, contiguous, "default"))
-    for backend in ORDER[device.type]:
-        eight = (FLOAT8,) if backend == "triton" and has_float8(device) else ()
-        for dtype in (*HALVES, single, *eight) if device.type == "cuda" else (single,):
-            yield Contender(f"engine {backend} {str(dtype)[6:]}", dtype, _engine(backend, dtype))
-    if autotune:
-        yield Contender("engine triton bfloat16 autotuned", torch.bfloat16, _engine("triton", torch.bfloat16, True))
-    if device.type == "cpu" and all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
-        yield Contender("ONNX Runtime float32", single, _onnx_runtime)
+            yield Contender("compile float32", single, _stock(single, contiguous, "default"))
 
 
 def baseline_of(net: SCOATNet) -> EagerSCOATNet:
@@ -108,10 +108,23 @@ def _module(net: nn.Module, x: Tensor, dtype: torch.dtype, layout: torch.memory_
 
 def _engine(backend: str, dtype: torch.dtype, autotune: bool = False):
     def start(net: SCOATNet, x: Tensor) -> Call:
-        engine = engine_for(net, x, backend, dtype, autotune)
-        return lambda: engine(x)
+        return _Run(engine_for(net, x, backend, dtype, autotune), x)
 
     return start
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An engine on a batch: its logits, and its masks to check."""
+
+    engine: Engine
+    x: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.engine(self.x)
+
+    def mask(self, threshold: float) -> Tensor:
+        return self.engine.mask(self.x, threshold)
 
 
 def _onnx_runtime(net: SCOATNet, x: Tensor) -> Call:

@@ -75,7 +75,7 @@ def _largest(plan: Plan, weights: Weights, batch: Tensor) -> dict[Slice, float]:
     """The largest absolute value of everything that the steps write."""
     device, dtype = batch.device, torch.float32
     height, width = batch.shape[2:]
-    layout = lay_out(plan, reference.parts, 1, height, width, device, dtype)
+    layout = lay_out(plan, reference, 1, height, width, device, dtype)
     tensors = layout.tensors(torch.zeros(layout.bytes, dtype=torch.uint8, device=device))
     view = view_of(plan, tensors)
     calls = [

@@ -45,6 +45,28 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
     return -(-(-(-height // 4) * -(-width // 4)) // _tiles(step))
 
 
+def rows(step: Convolve) -> int:
+    """How many rows of weights a recalibrated step wants for each slice: none, as features are scaled here."""
+    return 0
+
+
+def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs a step in rows of ``width`` pixels, for people to read."""
+    match step:
+        case Convolve(size=3):
+            return f"convolve, Winograd F(4x4, 3x3), {_tiles(step)} tiles"
+        case Head():
+            return f"output, Winograd F(4x4, 3x3), {_tiles(step)} tiles"
+        case Convolve():
+            return "project"
+        case Attend():
+            return "attend"
+        case Gate():
+            return "up_forward"
+        case _:
+            return reference.kernel(step, width, device, dtype)
+
+
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
     """Weights as panels, by name; those of 3x3 convolutions at the 36 points of a tile."""
     if isinstance(step, Convolve):

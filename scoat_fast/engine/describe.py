@@ -14,7 +14,7 @@ from .plan import Step, cost, summary
 if TYPE_CHECKING:
     from .runner import Engine
 
-COLUMNS = f"{'step':>4} {'what':106}{'shape':>16}{'MB':>8}{'GFLOP':>8}{'floor us':>10}"
+COLUMNS = f"{'step':>4} {'what':106}{'shape':>16}{'MB':>8}{'GFLOP':>8}{'floor us':>10}  kernel"
 
 
 def describe(engine: Engine) -> str:
@@ -52,7 +52,8 @@ def _row(engine: Engine, step: Step) -> str:
     height, width = engine.padded_size
     shape = f"{height >> step.level}x{width >> step.level}x{step.out.channels}"
     megabytes, gflop, floor = figures(engine, step)
-    return f"{summary(step):106}{shape:>16}{megabytes:8.1f}{gflop:8.2f}{floor:10.1f}"
+    kernel = engine.kernel(step)
+    return f"{summary(step):106}{shape:>16}{megabytes:8.1f}{gflop:8.2f}{floor:10.1f}  {kernel}"
 
 
 @cache

@@ -20,6 +20,7 @@ KINDS = {
     "map": "[N, H, W], as wide",
     "sums": "[N, parts, C] in float32: sums over parts of the pixels, in as many parts as the backend likes",
     "scale": "[N, C] in float32",
+    "weights": "[N, rows, C] in the engine's dtype: each slice's own weights, in as many rows as the backend wants",
     "logits": "[N, C, H, W] in float32",
     "mask": "[N, C, H, W] in uint8",
     "threshold": "[1] in float32, a logit",
@@ -28,11 +29,15 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory of a kind (see ``KINDS``) at ``1 / 2**level`` of the resolution."""
+    """Memory of a kind (see ``KINDS``) at ``1 / 2**level`` of the resolution.
+
+    ``within`` are channels of another buffer that hold nothing as long as this one lives: it lies there.
+    """
 
     kind: str
     channels: int
     level: int
+    within: Slice | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ class Shortcut:
 class Convolve:
     """out = relu(convolution of the concatenated sources + bias), of ``size`` 3 with zero padding, or 1.
 
-    ``scale`` [N, channels of all sources] multiplies the channels of the sources. ``residual`` adds what ``out`` holds
-    already, "before" the ReLU or "after" it. ``pooled`` takes the maxima of 2x2 pixels of ``out``, ``sums`` its sums.
+    ``scale`` [N, channels of all sources] multiplies the channels of the sources, or those of the weights, for which
+    ``scaled`` has room. ``residual`` adds what ``out`` holds already, "before" the ReLU or "after" it. ``pooled`` takes
+    the maxima of 2x2 pixels of ``out``, ``sums`` its sums.
     """
 
     level: int
@@ -72,6 +78,7 @@ class Convolve:
     out: Slice
     relu: bool = True
     scale: Slice | None = None
+    scaled: Slice | None = None
     shortcut: Shortcut | None = None
     residual: str | None = None
     pooled: Slice | None = None
@@ -161,6 +168,11 @@ def writes(step: Step) -> list[Slice]:
     return [used for used in taken if used is not None]
 
 
+def scratch(step: Step) -> list[Slice]:
+    """What a step needs for itself alone."""
+    return [step.scaled] if isinstance(step, Convolve) and step.scaled else []
+
+
 @dataclass(frozen=True)
 class Plan:
     """Steps in the order in which they run, and the buffers that they name.
@@ -178,7 +190,7 @@ class Plan:
         """The first and the last step in which a buffer holds something."""
         lives = dict.fromkeys(self.inputs, (-1, -1))
         for number, step in enumerate(self.steps):
-            for used in [*reads(step), *writes(step)]:
+            for used in [*reads(step), *writes(step), *scratch(step)]:
                 lives[used.buffer] = (lives.get(used.buffer, (number,))[0], number)
         return lives | {name: (lives[name][0], len(self.steps)) for name in self.outputs}
 
@@ -222,8 +234,8 @@ class _Builder:
             outputs += [f"attention{i}_{j}" for i, j in ATTENTION_NODES]
         return Plan(self.buffers, tuple(self.steps), tuple(inputs), tuple(outputs))
 
-    def new(self, name: str, kind: str, channels: int, level: int) -> Slice:
-        self.buffers.setdefault(name, Buffer(kind, channels, level))
+    def new(self, name: str, kind: str, channels: int, level: int, within: Slice | None = None) -> Slice:
+        self.buffers.setdefault(name, Buffer(kind, channels, level, within))
         return Slice(name, 0, channels)
 
     def node(self, i: int, j: int) -> Slice:
@@ -233,6 +245,11 @@ class _Builder:
             return self.new(f"x{i}_{j}", "wide" if i == 0 else "features", c, i)  # only a head reads x0_4
         self.new(f"row{i}", "features", last * c, i)
         return Slice(f"row{i}", j * c, c)
+
+    def spare(self, i: int, j: int) -> Slice | None:
+        """Where ``x[i, j + 1]`` will lie, for what only ``x[i, j]`` needs: on level 0, where memory is scarcest."""
+        c = self.width[i]
+        return Slice(f"row{i}", (j + 1) * c, c) if i == 0 < j < LEVELS - 2 else None
 
     def row(self, i: int, j: int) -> Slice:
         """The nodes ``x[i, 0]`` to ``x[i, j - 1]``, side by side."""
@@ -249,16 +266,18 @@ class _Builder:
     ):
         """The two convolutions of a node."""
         name, out, gated = f"conv{i}_{j}", self.node(i, j), scale is not None
-        between = self.new(f"between{i}_{j}", "features", self.width[i], i)
-        shortcut = residual = None
+        between = self.new(f"between{i}_{j}", "features", self.width[i], i, self.spare(i, j))
+        shortcut = residual = scaled = None
+        if gated:
+            scaled = self.new(f"scaled{i}_{j}", "weights", scale.channels, i)
         if gated or self.residual:
             apart = gated and self.paper
             shortcut = Shortcut(f"{name}.downsample", out, relu=apart, scaled=gated and not apart)
             residual = "after" if apart else "before"
-        self.steps.append(Convolve(i, f"{name}.conv1", 3, sources, between, scale=scale, shortcut=shortcut))
-        self.steps.append(
-            Convolve(i, f"{name}.conv2", 3, (between,), out, residual=residual, pooled=pooled, sums=self.sums(i, j))
-        )
+        self.steps += [
+            Convolve(i, f"{name}.conv1", 3, sources, between, scale=scale, scaled=scaled, shortcut=shortcut),
+            Convolve(i, f"{name}.conv2", 3, (between,), out, residual=residual, pooled=pooled, sums=self.sums(i, j)),
+        ]
 
     def inner_node(self, i: int, j: int) -> None:
         row, below, name = self.row(i, j), self.node(i + 1, j - 1), f"{i}_{j}"

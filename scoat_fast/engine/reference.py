@@ -1,6 +1,6 @@
 """The plan in operators of PyTorch, on any device and in any dtype: the definition of what each step does.
 
-float8 is only stored: what is multiplied are the same numbers in float32. A backend is a module with these four
+float8 is only stored: what is multiplied are the same numbers in float32. A backend is a module with these six
 functions.
 """
 
@@ -27,6 +27,16 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def parts(step: Step, height: int, width: int, device: torch.device, dtype: torch.dtype) -> int:
     """In how many parts a step leaves sums over ``height`` x ``width`` pixels."""
     return 1
+
+
+def rows(step: Convolve) -> int:
+    """How many rows of weights a recalibrated step wants for each slice: none, as features are scaled here."""
+    return 0
+
+
+def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs a step in rows of ``width`` pixels, for people to read."""
+    return "operators of PyTorch"
 
 
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..errors import ScoatFastError
 from ..layers import pad_to_multiple
 from ..model import ATTENTION_NODES, LEVELS, SCOATNet
 from ..ops._backend import disabled
@@ -22,7 +25,7 @@ from .calibrate import calibrate, rescale
 from .layout import FLOAT8, lay_out, step_dtype, view_of
 from .pack import pack
 from .plan import Plan, Step
-from .tune import Tiles, chosen, tune
+from .tune import Tiles, tune, using
 
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
 BACKENDS = ("reference", "cpu", "triton")
@@ -31,6 +34,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, FLOAT8)
 CHECKED = ("triton",)
 # of the largest logit: further off than rounding takes two backends from each other (TF32 in stock convolutions, too)
 BOUND = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1, FLOAT8: 0.5}
+MASK_DICE = 0.99  # of two kernels for the same numbers
 BATCH_SIZES = {"cuda": (1, 8, 32), "cpu": (1,)}  # a CPU is not faster with more slices at once: they leave its caches
 SIZE = 512
 FACTOR = 2 ** (LEVELS - 1)  # height and width of a plan are multiples of this
@@ -78,7 +82,7 @@ def compile(
             features and the attention maps are bfloat16.
         backend: "triton", "cpu" or "reference"; by default the fastest that runs here, and on a GPU only after its
             logits for one slice were found near those of "reference".
-        batch_sizes: how many slices run at once. A batch of another size is cut into these, and its tail is padded.
+        batch_sizes: how many slices run at once. A batch of another size is cut into these, with little padding.
             By default 1, 8 and 32 on a GPU, 1 on a CPU.
         size: height and width for which everything is prepared, so that the first batch is fast; by default what the
             weights were trained on, or 512. Other sizes are prepared when they first come.
@@ -112,35 +116,62 @@ def compile(
         raise ValueError(f"calibration slices are wanted for float8_e4m3fn and for nothing else, got {dtype}")
     if calibration is not None and not len(calibration):
         raise ValueError("at least one calibration slice is wanted, got none")
-    options = (batch_sizes, (height, width), calibration)
-    engine = Engine(net, device, dtype, backend, *options, autotune)
-    if backend is None and engine.backend in CHECKED:
-        stock = Engine(net, device, dtype, "reference", (1,), *options[1:])
-        reason = _why_wrong(engine, stock)
-        if reason is not None:
-            warnings.warn(f"engine: {engine.backend} {reason}; stock PyTorch runs instead", stacklevel=2)
-            refusals = engine.refusals | {engine.backend: reason}
-            del engine, stock  # their memory is given back before more is asked for
-            engine = Engine(net, device, dtype, "reference", *options)
-            engine.refusals = refusals
+    options = (batch_sizes, (height, width), calibration, autotune)
+    engine = Engine(net, device, dtype, backend, *options)
+    if backend is not None or engine.backend == "reference":
+        engine.get_ready()
+        return engine
+    reason = _why_failed(engine)
+    if reason is None and engine.backend in CHECKED:
+        reason = _why_wrong(engine, Engine(net, device, dtype, "reference", (1,), *options[1:3]))
+    if reason is None:
+        return engine
+    warnings.warn(f"engine: {engine.backend} {reason}; stock PyTorch runs instead", stacklevel=2)
+    refusals = engine.refusals | {engine.backend: reason}
+    del engine  # its memory is given back before more is asked for
+    engine = Engine(net, device, dtype, "reference", *options[:3])
+    engine.refusals = refusals
+    engine.get_ready()
     return engine
 
 
+def _why_failed(engine: Engine) -> str | None:
+    """Why an engine does not get ready, or None where it does. Too little memory is no fault of a backend's."""
+    try:
+        engine.get_ready()
+    except (torch.OutOfMemoryError, ScoatFastError):
+        raise
+    except Exception as error:  # of a compiler or a driver, of any type
+        return f"cannot run here: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
 def _why_wrong(engine: Engine, stock: Engine) -> str | None:
-    """What is wrong with an engine's logits for one slice, or None where they are near those of stock PyTorch."""
-    noise = torch.rand(1, engine.in_channels, *engine.size, generator=torch.Generator().manual_seed(0))
-    ours, expected = (torch.stack(tree_leaves(one(noise.to(engine.device)))) for one in (engine, stock))
-    error = ((ours - expected).abs().max() / expected.abs().max()).item()
-    if error <= BOUND[engine.dtype]:
-        return None
-    return f"gives logits that are {error:.1e} of the largest away from stock PyTorch's on this machine"
+    """What is wrong with an engine's results, or None where they are near those of stock PyTorch.
+
+    Every batch size is seen in all of its slices: its logits, and its masks against its own logits.
+    """
+    most = engine.batch_sizes[-1]
+    noise = torch.rand(most, engine.in_channels, *engine.size, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(engine.device)
+    expected = torch.stack(tree_leaves(stock(noise)))
+    threshold = expected[-1].float().sigmoid().median().clamp(0.01, 0.99).item()  # about half of a mask
+    for n in engine.batch_sizes:
+        ours = torch.stack(tree_leaves(engine(noise[:n])))
+        error = ((ours - expected[:, :n]).abs().max() / expected.abs().max()).item()
+        if not error <= BOUND[engine.dtype]:
+            return f"gives logits that are {error:.1e} of the largest away from stock PyTorch's on this machine"
+        overlap = dice(engine.mask(noise[:n], threshold).bool(), ours[-1] > math.log(threshold / (1 - threshold)))
+        if not overlap >= MASK_DICE:
+            return f"gives masks whose Dice with its own logits is {overlap:.3f} on this machine"
+    return None
 
 
 class Engine:
     """A trained network as its fastest forward pass; see ``scoat_fast.compile``, which makes one.
 
-    An engine holds its own copy of the weights, and memory that all its calls use: several threads may call it, one
-    after the other is served.
+    An engine holds its own copy of the weights, and memory that all its calls use: several threads may call it, on any
+    CUDA streams; one after the other is served.
     """
 
     def __init__(
@@ -163,26 +194,34 @@ class Engine:
             self._check(calibration := calibration.to(device))
             given = pad_to_multiple(calibration.float(), FACTOR)
             weights = rescale(self.plan, weights, calibrate(self.plan, weights, given))
-        self._packed = {
-            step: self._module.prepare(step, weights, device, step_dtype(plan, step, dtype))
-            for plan in self._plans.values()
-            for step in plan.steps
-        }
-        self._tiles: Tiles = {}
-        if autotune:
-            if self.backend != "triton":
-                raise ValueError(f"only the triton backend has tiles to tune, and here runs {self.backend}")
-            n = self.batch_sizes[-1]
-            self._tiles = tune(self.plan, self._packed, n, *self.padded_size, device, dtype)
+        dtypes = {step: step_dtype(plan, step, dtype) for plan in self._plans.values() for step in plan.steps}
+        self._packed = {step: self._module.prepare(step, weights, device, kind) for step, kind in dtypes.items()}
+        if autotune and self.backend != "triton":
+            raise ValueError(f"only the triton backend has tiles to tune, and here runs {self.backend}")
+        self._autotune, self._tiles = autotune, Tiles()
         self._listed = net.deep_supervision
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._ready: dict[tuple, _Prepared] = {}
         self._lock = threading.Lock()
-        for _ in range(2):  # what outgrew the memory of those before it made them forget: at the end all are ready
-            for n in reversed(self.batch_sizes):
-                for key in ((False, False), (True, False)):
-                    self._prepare(n, *self.padded_size, *key)
-        self.calibration_dice = None if calibration is None else self._calibration_dice(calibration)
+        on_gpu = device.type == "cuda"
+        self._last = torch.cuda.Event() if on_gpu else None  # of the run before
+        # Its graphs run one after the other, and leave their results in the memory above: they share one pool.
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._calibration, self.calibration_dice = calibration, None
+
+    def get_ready(self) -> None:
+        """Compiles and records everything for the engine's size, so that the first batch is fast."""
+        if self._autotune:
+            n = self.batch_sizes[-1]
+            self._tiles = tune(self.plan, self._packed, n, *self.padded_size, self.device, self.dtype)
+        with self._in_turn():
+            for _ in range(2):  # what outgrew the memory of those before it made them forget: at the end all are ready
+                for n in reversed(self.batch_sizes):
+                    for key in ((False, False), (True, False)):
+                        self._prepare(n, *self.padded_size, *key)
+        if self._calibration is not None:
+            self.calibration_dice = self._calibration_dice(self._calibration)
+            self._calibration = None  # it is no longer needed
 
     @property
     def plan(self) -> Plan:
@@ -230,6 +269,12 @@ class Engine:
         (found,) = self._run(batch, mask=True, threshold=math.log(threshold / (1 - threshold)))
         return found[:, :, : batch.shape[2], : batch.shape[3]].contiguous()
 
+    def kernel(self, step: Step) -> str:
+        """What runs a step at the engine's size, for people to read."""
+        with using(self._tiles):
+            kind = step_dtype(self.plan, step, self.dtype)
+            return self._module.kernel(step, self.padded_size[1] >> step.level, self.device, kind)
+
     def calls(self, n: int) -> list[tuple[Step, Callable[[], None]]]:
         """The steps for ``n`` slices, each with what runs it alone on what the buffers hold: to time them."""
         prepared = self._prepare(n, *self.padded_size, False, False)
@@ -237,38 +282,56 @@ class Engine:
 
     @torch.no_grad()
     def parity(self, batch: Tensor, threshold: float = 0.5) -> EngineParity:
-        """Compares with the network as it is now, on a batch as the network takes it."""
+        """Compares with the network as it is now, on a batch of at least one slice as the network takes it."""
+        if not len(batch):
+            raise ValueError("at least one slice is wanted to compare on, got none")
         parameter = next(self.net.parameters())
-        was_training = self.net.training
-        exact = self.net.eval()(batch.to(parameter.device, parameter.dtype))
-        self.net.train(was_training)
+        modes = {module: module.training for module in self.net.modules()}
+        try:
+            exact = self.net.eval()(batch.to(parameter.device, parameter.dtype))
+        finally:
+            for module, training in modes.items():
+                module.training = training
         exact = (exact[-1] if isinstance(exact, list) else exact).to(self.device, torch.float64)
         batch = batch.to(self.device)
         ours = self(batch)
         error = ((ours[-1] if isinstance(ours, list) else ours).double() - exact).abs().max().item()
         mask, wanted = self.mask(batch, threshold).bool(), exact > math.log(threshold / (1 - threshold))
-        return EngineParity(error, error / exact.abs().max().item(), _dice(mask, wanted))
+        return EngineParity(error, error / exact.abs().max().item(), dice(mask, wanted))
 
     def _calibration_dice(self, batch: Tensor) -> float:
         """The Dice of the masks of this engine and one of bfloat16."""
         wide = Engine(self.net, self.device, torch.bfloat16, self.backend, self.batch_sizes, self.size)
-        return _dice(self.mask(batch).bool(), wide.mask(batch).bool())
+        return dice(self.mask(batch).bool(), wide.mask(batch).bool())
 
     @torch.no_grad()
     def _run(self, batch: Tensor, mask: bool, attention: bool = False, threshold: float = 0.0) -> list[Tensor]:
         """The plan's outputs for a batch of any size, [N, ...] at the padded size."""
         self._check(batch)
         done: list[list[Tensor]] = []
-        with self._lock:
+        with self._in_turn():
             start = 0
             while start < len(batch) or not done:
-                left = len(batch) - start
-                n = next((size for size in self.batch_sizes if size >= left), self.batch_sizes[-1])
+                n = next_size(len(batch) - start, self.batch_sizes)
                 given = pad_to_multiple(batch[start : start + n], FACTOR)
                 prepared = self._prepare(n, *given.shape[2:], mask, attention)
                 done.append([x[: len(given)].clone() for x in prepared(given, threshold)])
                 start += n
         return done[0] if len(done) == 1 else [torch.cat(parts) for parts in zip(*done, strict=True)]
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Within, the memory is this thread's alone, and on a GPU this thread's current stream's."""
+        with self._lock:
+            if self._last is None:
+                yield
+                return
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self._last)
+            try:
+                yield
+            finally:
+                self._last.record(stream)
 
     def _check(self, batch: Tensor) -> None:
         if batch.ndim != 4 or batch.shape[1] != self.in_channels or 0 in batch.shape[2:]:
@@ -281,17 +344,15 @@ class Engine:
     def _prepare(self, n: int, height: int, width: int, mask: bool, attention: bool) -> _Prepared:
         key = (n, height, width, mask, attention)
         if key not in self._ready:
-            token = chosen.set(self._tiles)
-            try:
-                with torch.inference_mode(False):  # who calls first may be in it, and others not
-                    self._ready[key] = self._bound(self._plans[mask, attention], n, height, width)
-            finally:
-                chosen.reset(token)
+            with using(self._tiles), torch.inference_mode(False):  # who calls first may be in it, and others not
+                self._ready[key] = self._bound(self._plans[mask, attention], n, height, width)
         return self._ready[key]
 
     def _bound(self, plan: Plan, n: int, height: int, width: int) -> _Prepared:
-        layout = lay_out(plan, self._module.parts, n, height, width, self.device, self.dtype)
+        layout = lay_out(plan, self._module, n, height, width, self.device, self.dtype)
         if layout.bytes > self._memory.numel():
+            if self.device.type == "cuda":  # another stream than the current one may still be at work in it
+                torch.cuda.synchronize(self.device)
             self._ready.clear()  # what they hold is given back before more is asked for
             self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
             self._memory = torch.zeros(layout.bytes, dtype=torch.uint8, device=self.device)
@@ -301,7 +362,7 @@ class Engine:
         for step in plan.steps:
             pixels = (height >> step.level) * (width >> step.level)
             calls.append(self._module.bind(step, self._packed[step], view, pixels))
-        return _Prepared(tensors, calls, plan)
+        return _Prepared(tensors, calls, plan, self._pool)
 
     def __str__(self) -> str:
         from .describe import describe
@@ -312,12 +373,12 @@ class Engine:
 class _Prepared:
     """A plan bound to memory; on a GPU, as a CUDA graph."""
 
-    def __init__(self, tensors: dict[str, Tensor], calls: list[Callable[[], None]], plan: Plan):
+    def __init__(self, tensors: dict[str, Tensor], calls: list[Callable[[], None]], plan: Plan, pool: tuple | None):
         self.calls, self._input, self._threshold = calls, tensors["input"], tensors.get("threshold")
         self._outputs = [tensors[name] for name in plan.outputs]
         self._graph = None
         if self._input.is_cuda:
-            self._capture()
+            self._capture(pool)
 
     def __call__(self, given: Tensor, threshold: float) -> list[Tensor]:
         self._input[: len(given)].copy_(given.permute(0, 2, 3, 1))
@@ -333,8 +394,8 @@ class _Prepared:
         for call in self.calls:
             call()
 
-    def _capture(self) -> None:
-        """Runs once, so that kernels are compiled, and then records."""
+    def _capture(self, pool: tuple) -> None:
+        """Runs once, so that kernels are compiled, and then records; other threads may use their GPUs meanwhile."""
         device = self._input.device
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
@@ -343,7 +404,8 @@ class _Prepared:
                 self._go()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph), torch.no_grad():
+            # on this stream: the one that torch takes by itself stays on the GPU of the first capture
+            with torch.cuda.graph(self._graph, pool, stream, "thread_local"), torch.no_grad():
                 self._go()
 
 
@@ -366,7 +428,24 @@ def _choose(wanted: str | None, device: torch.device, dtype: torch.dtype) -> tup
     raise BackendRefused(refusals)
 
 
-def _dice(a: Tensor, b: Tensor) -> float:
+@functools.cache
+def next_size(left: int, sizes: tuple[int, ...]) -> int:
+    """The size of the batch to run first where ``left`` slices remain: the largest if full, then the cheapest cover.
+
+    A batch costs as much as its slices, padding included, and one more for its launches: 9 slices run as 8 and 1 and
+    not as 32, but 31 as 32.
+    """
+    if left >= sizes[-1]:
+        return sizes[-1]
+    covers: list[tuple[int, ...]] = [()]  # of 0, 1, 2, ... slices
+    for count in range(1, left + 1):
+        found = ((size, *covers[max(count - size, 0)]) for size in sizes)
+        covers.append(min(found, key=lambda cover: (sum(cover) + len(cover), len(cover))))
+    return max(covers[left], default=sizes[0])  # padding at the end; an empty batch gives shapes
+
+
+def dice(a: Tensor, b: Tensor) -> float:
+    """The overlap of two masks of bool: 1 where both are empty."""
     both = int(a.sum() + b.sum())
     return 2 * int((a & b).sum()) / both if both else 1.0
 

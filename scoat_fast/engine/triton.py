@@ -30,6 +30,10 @@ TILES = {
     "sm90": {16: (128, 4, 4), 32: (128, 4, 4), 64: (128, 4, 4), 128: (128, 8, 4)},
     "sm120": {16: (128, 4, 3), 32: (128, 4, 3), 64: (128, 4, 3), 128: (128, 8, 2)},  # 99 KiB
 }
+# Of float32 in every family: no tensor core multiplies it exactly, and what plain instructions multiply waits in
+# registers.
+FLOAT32_TILES = {16: (128, 4, 4), 32: (128, 8, 4), 64: (64, 4, 4), 128: (32, 8, 4)}
+FLOAT32_DEPTH = 16
 forced: str | None = None  # for tests: the family whose tiles are used
 
 
@@ -72,6 +76,30 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
         below = (1, step.out.channels, height // 2, width // 2)
         return pointwise.walk_tiles(below, dtype.itemsize, GATE_ROWS)
     return _tile_of(step, width, device, dtype).count(height, width)
+
+
+def rows(step: Convolve) -> int:
+    """How many rows of weights a recalibrated step wants for each slice: its own, then those of its shortcut."""
+    taps = step.size**2 + (step.shortcut is not None and step.shortcut.scaled)
+    return taps * _padded(step.out.channels)
+
+
+def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs a step in rows of ``width`` pixels, for people to read: with its tile, and how it is read."""
+    match step:
+        case Convolve() | Attend():
+            tile = _tile_of(step, width, device, dtype)
+            name = "attend" if isinstance(step, Attend) else "convolve"
+            name = f"scale_weights, {name}" if isinstance(step, Convolve) and step.scale is not None else name
+            cut = f"{f'{tile.rows} x ' if tile.rows > 1 else ''}{tile.pixels}x{tile.channels}x{tile.depth}"
+            read = "boxes" if tile.boxes else "pointers"
+            return f"{name} {cut} by {read}, {tile.warps} warps, {tile.stages} stages"
+        case Gate():
+            return "up_forward"
+        case Excite():
+            return "means, excite"
+        case Head():
+            return f"head {POINTS} pixels"
 
 
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
@@ -139,26 +167,25 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> list[Launch]:
     (n, height, width, channels), dtype = out.shape, sources[0].dtype
     tile = _tile_of(step, width, out.device, dtype)
     found: list[Launch] = []
+    room = None if step.scaled is None else view(step.scaled).flatten(0, 1)  # [n * rows, channels]
 
-    def scaled(packed: tuple[Tensor, ...], scale: Tensor | None) -> tuple[Tensor, int]:
-        """Weights as rows, and the step in rows from slice to slice."""
+    def scaled(packed: tuple[Tensor, ...], first: int) -> tuple[Tensor, int]:
+        """Weights of all slices as rows, and the step in rows from slice to slice; they begin at a row of the room."""
         weight = packed[0].flatten(0, 1)  # [rows, channels]
-        if scale is None:
-            return weight, 0
         rows, depth = weight.shape
-        result = torch.empty(n * rows, depth, dtype=dtype, device=out.device)
+        result = room[first : first + n * rows]
         grid = (triton.cdiv(rows, 32), n, triton.cdiv(depth, 64))
-        arguments = {"w": weight, "scale": scale, "out": result, "rows": rows, "C": depth, "BC": 64, "ROWS": 32}
-        found.append(Launch(kernels.scale_weights, grid, arguments))
+        arguments = {"w": weight, "scale": view(step.scale), "out": result, "rows": rows, "C": depth}
+        found.append(Launch(kernels.scale_weights, grid, arguments | {"BC": 64, "ROWS": 32}))
         return result, rows
 
-    shortcut, scale = step.shortcut, None if step.scale is None else view(step.scale)
-    w, w_rows = scaled(weights[step.weights], scale)
+    shortcut, packed = step.shortcut, weights[step.weights]
+    w, w_rows = (packed[0].flatten(0, 1), 0) if step.scale is None else scaled(packed, 0)
     more = {"shortcut_w": w, "shortcut_rows": 0, "shortcut_out": out, "SHORTCUT_RELU": False}
     more |= {"shortcut_bias": None, "shortcut_unit": None}
     if shortcut is not None:
         packed = weights[shortcut.weights]
-        rows, step_of_rows = scaled(packed, scale if shortcut.scaled else None)
+        rows, step_of_rows = scaled(packed, n * w_rows) if shortcut.scaled else (packed[0].flatten(0, 1), 0)
         more = {"shortcut_w": rows, "shortcut_rows": step_of_rows, "shortcut_bias": packed[1]}
         more |= {"shortcut_unit": packed[2], "shortcut_out": view(shortcut.out), "SHORTCUT_RELU": shortcut.relu}
     second = sources[1] if len(sources) > 1 else sources[0]
@@ -273,7 +300,8 @@ def tile_key(
     counts, out = _product(step)
     what = "attend" if isinstance(step, Attend) else "convolve and pool" if step.pooled else "convolve"
     key = f"{what} {' + '.join(map(str, counts))} -> {out}, {width} wide, {str(dtype)[6:]}"
-    return key, TILES[_family(device) if _boxed(step, device, dtype) else "sm80"][_power(out, 16, 128)]
+    family = _family(device) if _boxed(step, device, dtype) else "sm80"
+    return key, (FLOAT32_TILES if dtype == torch.float32 else TILES[family])[_power(out, 16, 128)]
 
 
 def _tile_of(step: Convolve | Attend, width: int, device: torch.device, dtype: torch.dtype) -> Tile:
@@ -285,6 +313,8 @@ def _tile_of(step: Convolve | Attend, width: int, device: torch.device, dtype: t
     pixels //= rows  # a row waits in registers for the next
     least = _least_depth(dtype)
     depth = next((k for k in (64, 32, 16) if k >= least and all(count % k == 0 for count in counts)), least)
+    if dtype == torch.float32:
+        depth = FLOAT32_DEPTH
     if not _boxed(step, device, dtype):
         return Tile(False, False, rows, pixels, channels, min(depth, 32), warps, stages)
     pixels = _power(width, 16, pixels)
@@ -355,9 +385,14 @@ def _packed(
         unit = unit.to(device)
     out, channels, rows, columns = weight.shape
     by_tap = weight.permute(2, 3, 0, 1).reshape(rows * columns, out, channels)
-    padding = torch.zeros(rows * columns, -out % _power(out, 16, 128), channels, dtype=weight.dtype)
+    padding = torch.zeros(rows * columns, _padded(out) - out, channels, dtype=weight.dtype)
     padded = torch.cat([by_tap, padding], 1).to(device, torch.float32 if scaled else dtype)
     return padded.contiguous(), bias.to(device, torch.float32), unit
+
+
+def _padded(channels: int) -> int:
+    """Channels of a result in whole blocks."""
+    return channels + -channels % _power(channels, 16, 128)
 
 
 def _power(size: int, least: int, most: int) -> int:

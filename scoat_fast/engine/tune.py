@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -52,9 +54,21 @@ def tune(
     from . import triton as backend
 
     known = _read()
-    here = known.setdefault(f"{_verdict.machine(device.type)} / triton {triton.__version__}", {})
+    here = known.setdefault(f"{_verdict.machine(device)} / triton {triton.__version__}", {})
     make_folder(path().parent)
-    layout = lay_out(plan, backend.parts, n, height, width, device, dtype)
+
+    def most_parts(step: Step, height: int, width: int, device: torch.device, dtype: torch.dtype) -> int:
+        """Sums have room for those of any tile: the fewer pixels, the more parts."""
+        if not isinstance(step, Convolve):
+            return backend.parts(step, height, width, device, dtype)
+        key, table = backend.tile_key(step, width, device, dtype)
+        found = []
+        for pixels in {table[0], *PIXELS}:
+            with using({key: (pixels, *table[1:])}):
+                found.append(backend.parts(step, height, width, device, dtype))
+        return max(found)
+
+    layout = lay_out(plan, SimpleNamespace(parts=most_parts, rows=backend.rows), n, height, width, device, dtype)
     tensors = layout.tensors(torch.zeros(layout.bytes, dtype=torch.uint8, device=device))
     tensors["input"].uniform_()
     view = view_of(plan, tensors)
@@ -70,6 +84,8 @@ def tune(
                 outputs = [view(used) for used in writes(step) if plan.buffers[used.buffer].kind != "sums"]
                 here[key] = list(_fastest(bound, outputs, key, table, device))
                 write_text(path(), json.dumps(known, indent=2) + "\n")  # at once: it may be stopped
+            if getattr(step, "sums", None) is not None:
+                view(step.sums).zero_()  # of other tiles
         bound()()
     return {key: tuple(tile) for key, tile in here.items()}
 
@@ -90,18 +106,13 @@ def _fastest(
 
     def measure(tile: tuple[int, int, int]) -> None:
         _restore(outputs, before)
-        token = chosen.set({key: tile})
-        try:
+        with using({key: tile}), contextlib.suppress(OutOfResources):  # it does not fit into shared memory
             call = bound()
             call()
             if not expected:
                 expected.extend(x.clone() for x in outputs)
             if all(_same_bits(x, y) for x, y in zip(outputs, expected, strict=True)):
                 times[tile] = median_ms(call, device, SECONDS)
-        except OutOfResources:  # it does not fit into shared memory
-            pass
-        finally:
-            chosen.reset(token)
 
     measure(table)
     for tile in _others(table, [(p, w, table[2]) for p in PIXELS for w in WARPS]):
@@ -111,6 +122,16 @@ def _fastest(
         measure(tile)
     _restore(outputs, before)
     return min(times, key=times.__getitem__)
+
+
+@contextlib.contextmanager
+def using(tiles: Tiles) -> Iterator[None]:
+    """Within, the Triton backend takes these tiles, where they are, and not those of its table."""
+    token = chosen.set(tiles)
+    try:
+        yield
+    finally:
+        chosen.reset(token)
 
 
 def _others(table: tuple[int, int, int], tiles: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:

@@ -27,10 +27,11 @@ def path() -> Path:
     return Path(cache) / "scoat_fast" / "doctor.json"
 
 
-def machine(device: str) -> str:
-    """What a verdict on kernels for ``device`` depends on."""
-    if device == "cuda":
-        parts = [torch.cuda.get_device_name(), torch.version.cuda]
+def machine(device: str | torch.device) -> str:
+    """What a verdict on kernels for ``device`` depends on; "cuda" is the current GPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        parts = [torch.cuda.get_device_name(device), torch.version.cuda]
     else:
         parts = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
     return " / ".join(map(str, [*parts, f"torch {torch.__version__}", f"scoat_fast {__version__}"]))
