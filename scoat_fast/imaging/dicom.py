@@ -105,12 +105,12 @@ def list_series(folder: str | Path) -> list[Series]:
     return sorted(found.values(), key=lambda series: (series.number is None, series.number or 0, series.uid))
 
 
-def says_series(path: Path) -> bool:
-    """Whether what there is of a file tells to which series of images it belongs."""
+def series_uid(path: Path) -> str:
+    """The UID of the series of images that what there is of a file belongs to; "" where it does not tell."""
     with warnings.catch_warnings(action="ignore"), contextlib.suppress(BadInputError):
         series = _series_of(path)
-        return series is not None and bool(series.uid)
-    return False
+        return "" if series is None else series.uid
+    return ""
 
 
 def _may_be_of(path: Path, uid: str) -> bool:
