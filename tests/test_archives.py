@@ -289,6 +289,14 @@ def test_several_scans_in_an_archive(ct, slices, weights, tmp_path, late):
     assert len(picked) == 2 and picked[1].series.endswith(".nii.gz")  # --series is about DICOM
 
 
+def test_listing_opens_each_slice_twice(slices, tmp_path, monkeypatch):
+    """To tell that it is one, and of which series."""
+    folder, opened, open_path = write_series(tmp_path / "series", slices), [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *rest: opened.append(path.name) or open_path(path, *rest))
+    assert len(find_cases([folder], tmp_path / "out")[0]) == 1
+    assert sorted(opened) == sorted(2 * [file.name for file in folder.iterdir()])
+
+
 def test_nothing_is_unpacked_that_a_scan_does_not_need(ct, slices, tmp_path, monkeypatch):
     """Nine scans, of which six are series in one folder, with a file that may belong to any of them."""
     scans = tmp_path / "scans"
