@@ -740,7 +740,9 @@ def _add_train(commands) -> None:
     command.add_argument("--licence", default="", help="of the weights, in their file")
     command.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    command.add_argument("--devices", type=_positive, default=1, help="how many, each a process (default: %(default)s)")
+    command.add_argument(
+        "--devices", type=_positive, default=1, help="how many, each a process; or use torchrun (default: 1)"
+    )
     command.add_argument(
         "--precision",
         default="auto",
