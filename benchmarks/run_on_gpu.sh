@@ -59,8 +59,11 @@ case $part in
       --commit "$commit" -o "$out/train.json"
     ;;
   cohort)
-    timeout -k 10 500 python3 -m scoat_fast.cli bench cohort examples/ct.nii.gz --copies 1000 --device cuda \
+    timeout -k 10 250 python3 -m scoat_fast.cli bench cohort examples/ct.nii.gz --copies 1000 --device cuda \
       --commit "$commit" -o "$out/cohort.json"
+    # scans as large as a hospital's: 512x512, 300 slices
+    timeout -k 10 320 python3 -m scoat_fast.cli bench cohort examples/ct.nii.gz --shape 512 512 300 --copies 40 \
+      --rounds 2 --device cuda --commit "$commit" -o "$out/cohort_512.json"
     ;;
   ops)
     # each ends in good time, with the rows that it has by then; compiling takes seconds a row, so at one batch only

@@ -82,6 +82,7 @@ def segment(args: argparse.Namespace) -> int:
         save_attention=args.save_attention,
         save_lungs=args.save_lungs,
         dicom_seg=args.dicom_seg,
+        threads=args.threads,
         redo=args.redo,
         quiet=args.quiet,
         part=args.part,
@@ -207,10 +208,19 @@ def bench_train(args: argparse.Namespace) -> int:
 
 
 def bench_cohort(args: argparse.Namespace) -> int:
-    from .bench.cohort import run
+    from .bench.cohort import run, untrained
 
     result = run(
-        args.scans, args.weights, args.device, args.copies, args.rounds, args.seconds, args.commit, args.output
+        args.scans,
+        args.weights if args.untrained is None else untrained(*args.untrained),
+        args.device,
+        args.copies,
+        args.rounds,
+        args.seconds,
+        args.commit,
+        args.output,
+        args.shape,
+        args.threads,
     )
     return EXIT_OK if result["rows"][0]["reason"] is None else EXIT_FAILED_CASES
 
@@ -348,6 +358,13 @@ def _add_segment(commands) -> None:
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
     command.add_argument("--devices", type=_numbers, metavar="0,1", help="several GPUs, which share the cases")
     command.add_argument("--batch-size", type=_batch_size, default="auto", metavar="N", help="slices at once, or auto")
+    command.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="that read scans, and as many that write results: each holds a scan (default: half of the cores beside a "
+        "GPU, else 1)",
+    )
     command.add_argument("--num-parts", type=_positive, default=1, metavar="N", help="of N machines, this one takes")
     command.add_argument("--part", type=_positive, default=1, metavar="K", help="the Kth share of the cases (from 1)")
     command.add_argument(
@@ -358,7 +375,7 @@ def _add_segment(commands) -> None:
     )
     command.add_argument("--workers", type=_positive, metavar="N", help="of Ray (default: all it has room for)")
     command.add_argument(
-        "--worker-cpus", type=float, metavar="C", help="of each, also 0.5 (default: 1 beside a GPU, else all)"
+        "--worker-cpus", type=float, metavar="C", help="of each, also 0.5 (default: a GPU's share, else all)"
     )
     command.add_argument("--redo", action="store_true", help="also what an earlier run has done from the same input")
     command.add_argument("--quiet", action="store_true", help="no progress bars, no summaries")
@@ -652,15 +669,23 @@ def _add_bench(commands) -> None:
         "cohort",
         help="time many scans, from files to files",
         description="Makes a cohort of copies of the scans, segments it as scoat-fast segment does, and compares the "
-        "speed with the engine's own and with a plain loop of nibabel and eager PyTorch. Another answer than the "
-        "loop's gets no number, and the exit code is 3. Linux only: it looks at its own memory there.",
+        "speed with the engine's own, with what the host does where a network costs nothing, and with a plain loop of "
+        "nibabel and eager PyTorch. Another answer than the loop's gets no number, and the exit code is 3. Rounds of "
+        "100 cases and more also tell how the memory grows. Linux only: it looks at its own memory there.",
         epilog=EXIT_CODES,
     )
     command.set_defaults(run=bench_cohort)
     command.add_argument("scans", nargs="+", type=_path, metavar="SCAN.nii.gz")
     command.add_argument("--copies", type=_positive, default=10, metavar="N", help="of each scan (default: 10)")
+    command.add_argument(
+        "--shape", type=_positive, nargs=3, metavar=("I", "J", "K"), help="resample the scans to so many voxels first"
+    )
     command.add_argument("--rounds", type=_positive, default=5, metavar="N", help="in turns with the rest (default: 5)")
     command.add_argument("--weights", default="scoat-w16", help="shipped weights or a file (default: %(default)s)")
+    command.add_argument(
+        "--untrained", type=_positive, nargs=2, metavar=("WIDTH", "SIZE"), help="a network of this width instead"
+    )
+    command.add_argument("--threads", type=_positive, metavar="N", help="as for segment")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
     command.add_argument(
         "--seconds", type=float, default=3.0, metavar="S", help="for the engine (default: %(default)s)"
@@ -715,7 +740,9 @@ def _add_train(commands) -> None:
     command.add_argument("--licence", default="", help="of the weights, in their file")
     command.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    command.add_argument("--devices", type=_positive, default=1, help="how many, each a process (default: %(default)s)")
+    command.add_argument(
+        "--devices", type=_positive, default=1, help="how many, each a process; or use torchrun (default: 1)"
+    )
     command.add_argument(
         "--precision",
         default="auto",

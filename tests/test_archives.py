@@ -289,6 +289,34 @@ def test_several_scans_in_an_archive(ct, slices, weights, tmp_path, late):
     assert len(picked) == 2 and picked[1].series.endswith(".nii.gz")  # --series is about DICOM
 
 
+def test_listing_opens_each_slice_twice(slices, tmp_path, monkeypatch):
+    """To tell that it is one, and of which series."""
+    folder, opened, open_path = write_series(tmp_path / "series", slices), [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *rest: opened.append(path.name) or open_path(path, *rest))
+    assert len(find_cases([folder], tmp_path / "out")[0]) == 1
+    assert sorted(opened) == sorted(2 * [file.name for file in folder.iterdir()])
+
+
+def test_nothing_is_unpacked_that_a_scan_does_not_need(ct, slices, tmp_path, monkeypatch):
+    """Nine scans, of which six are series in one folder, with a file that may belong to any of them."""
+    scans = tmp_path / "scans"
+    for number in range(6):
+        for file in write_series(tmp_path / str(number), slices).iterdir():
+            scans.mkdir(exist_ok=True)
+            file.rename(scans / f"{number}_{file.name}")
+    others = {f"{k}/ct.nii.gz": ct.read_bytes() for k in range(3)}
+    path = zipped_folder(tmp_path / "study.zip", scans, others | {"note.txt": b"none"})
+    found, errors = find_cases([path], tmp_path / "out")
+    assert not errors and len(found) == 9
+    extract, unpacked = archive._extract, []
+    monkeypatch.setattr(archive, "_extract", lambda *rest: unpacked.append(rest[2].filename) or extract(*rest))
+    for case in found:
+        assert read_volume(case).voxels.shape[2] in (len(slices), 6)
+    names = sorted(unpacked)
+    assert set(names) == {*(file.name for file in scans.iterdir()), *others, "note.txt"}
+    assert len(names) == 6 * len(slices) + 3 + 6  # the note once for each series beside it
+
+
 def test_one_series_is_picked_from_an_archive(slices, tmp_path):
     for number in (3, 4):
         folder = tmp_path / "scans" / str(number)

@@ -424,7 +424,8 @@ def test_a_cohort_is_timed_beside_the_engine_and_a_plain_loop(ct, weights, tmp_p
     assert main([*arguments, "--weights", str(weights), "-o", str(file), "--commit", "abc"]) == EXIT_OK
     result = json.loads(file.read_text())
     assert (result["cases"], result["slices"], result["shape"], result["commit"]) == (4, 24, [40, 36, 6], "abc")
-    cohort, engine, loop = result["rows"]
+    cohort, engine, host, loop = result["rows"]
+    assert host["name"] == "the host alone" and host["slices_per_s"] > 0
     assert cohort["dice"] == 1.0 and cohort["reason"] is None
     assert cohort["share_of_engine"] == pytest.approx(cohort["slices_per_s"] / engine["slices_per_s"])
     assert cohort["ratio_to_loop"] == pytest.approx(cohort["slices_per_s"] / loop["slices_per_s"])
@@ -436,6 +437,15 @@ def test_a_cohort_is_timed_beside_the_engine_and_a_plain_loop(ct, weights, tmp_p
     first = json.loads(file.read_text())["rows"][0]
     assert first["slices_per_s"] is first["share_of_engine"] is first["ratio_to_loop"] is None
     assert "Dice of 1.0000, wanted is 1.1" in first["reason"]
+
+
+def test_a_cohort_of_scans_of_another_shape_and_an_untrained_network(ct, tmp_path):
+    file = tmp_path / "cohort.json"
+    arguments = ["--copies", "1", "--rounds", "1", "--seconds", "0", "--device", "cpu", "-o", str(file)]
+    made = ["--shape", "50", "44", "9", "--untrained", "3", "32", "--threads", "2"]
+    assert main(["bench", "cohort", str(ct), *arguments, *made]) == EXIT_OK
+    result = json.loads(file.read_text())
+    assert (result["cases"], result["slices"], result["shape"], result["size"]) == (1, 9, [50, 44, 9], 32)
 
 
 def test_a_cohort_of_bad_scans_is_an_error(ct, weights, tmp_path, capsys):

@@ -25,6 +25,7 @@ from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
 from scoat_fast.errors import ScoatFastError
 from scoat_fast.imaging.volume import Turn
 from scoat_fast.segmentation import pipeline, reading, stream
+from scoat_fast.segmentation.cases import Case
 from scoat_fast.segmentation.inference import Segmenter
 from scoat_fast.segmentation.quality import assess
 from scoat_fast.segmentation.stream import Job
@@ -194,8 +195,27 @@ def test_several_engines_share_the_cases(cohort, weights, tmp_path):
     assert files_of(one) == files_of(two)
 
 
-def test_memory_does_not_grow_with_the_cases(phantom, weights, tmp_path, monkeypatch):
-    """Never more cases in memory than one at each stage and one waiting between."""
+def test_many_threads_read_and_write_at_once(cohort, weights, tmp_path, monkeypatch):
+    """Each of three waits for the others at both ends; the results are those of one."""
+    one, three = tmp_path / "one", tmp_path / "three"
+    assert run("segment", cohort, "-o", one, "--weights", weights, "--quiet", "--threads", 1) == EXIT_OK
+    for name in ("_load", "_finish"):
+        meeting, step = threading.Barrier(3), getattr(pipeline.Run, name)
+
+        def together(self, what, meeting=meeting, step=step):
+            case = what if isinstance(what, Case) else what.about.case
+            if case.name in ("case0", "case1", "case2"):
+                meeting.wait(60)
+            return step(self, what)
+
+        monkeypatch.setattr(pipeline.Run, name, together)
+    assert run("segment", cohort, "-o", three, "--weights", weights, "--quiet", "--threads", 3) == EXIT_OK
+    assert files_of(one) == files_of(three)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_memory_does_not_grow_with_the_cases(phantom, weights, tmp_path, monkeypatch, threads):
+    """Never more cases in memory than two for each pair of threads, and what the engine holds."""
     alive, most, folder = [], [], tmp_path / "cohort"
     folder.mkdir()
     for k in range(24):
@@ -210,10 +230,11 @@ def test_memory_does_not_grow_with_the_cases(phantom, weights, tmp_path, monkeyp
     monkeypatch.setattr(Job, "__post_init__", watch)
     gc.disable()  # nothing may wait for it
     try:
-        assert run("segment", folder, "-o", tmp_path / "out", "--weights", weights, "--quiet") == EXIT_OK
+        options = ("-o", tmp_path / "out", "--weights", weights, "--quiet", "--threads", threads)
+        assert run("segment", folder, *options) == EXIT_OK
     finally:
         gc.enable()
-    assert len(most) == 24 and max(most) <= 5
+    assert len(most) == 24 and max(most) <= 2 * threads + 3
 
 
 # Faults

@@ -53,6 +53,20 @@ def test_regions_of_masks_of_any_dtype(neighbours, dims, steps):
             assert len(pairs) == count + (~mask).any() and all((a == 0) == (b == 0) for a, b in pairs)
 
 
+@pytest.mark.parametrize("neighbours", [4, 8])
+def test_regions_of_each_slice(neighbours):
+    generator = np.random.default_rng(neighbours)
+    for full in (0.2, 0.5, 0.9, 1.1):
+        mask = generator.random((4, 7, 6)) < full
+        labels, count = regions(mask, neighbours)
+        seen = 0
+        for image, found in zip(mask, labels, strict=True):
+            alone, more = regions(image, neighbours)
+            np.testing.assert_array_equal(found, np.where(alone, alone + seen, 0))
+            seen += more
+        assert seen == count
+
+
 def brute_counts(found, truth, dims, spacing, centre_of) -> Counts:
     total = Counts(int((found & truth).sum()), int(found.sum()), int(truth.sum()))
     pairs = [(found, truth)] if dims == 3 else list(zip(found, truth, strict=True))

@@ -27,12 +27,15 @@ import scoat_fast
 from scoat_fast import BadInputError, ScoatFastError
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
 from scoat_fast.engine import runner
+from scoat_fast.imaging.dicom import read_series
 from scoat_fast.imaging.pictures import read_mask
-from scoat_fast.segmentation.cases import find_cases
-from scoat_fast.segmentation.inference import Segmenter
-from scoat_fast.segmentation.lungs import LEFT, RIGHT
+from scoat_fast.segmentation.cases import Case, find_cases
+from scoat_fast.segmentation.inference import Segmenter, as_hu
+from scoat_fast.segmentation.lungs import LEFT, RIGHT, find_lungs
 from scoat_fast.segmentation.overlay import FOUND, TRUTH, contact_sheet
+from scoat_fast.segmentation.reading import read_case
 from scoat_fast.segmentation.statistics import measure, remove_small
+from scoat_fast.segmentation.stream import Job
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +105,27 @@ def test_batch_size_does_not_change_the_result(net, phantom):
     np.testing.assert_array_equal(one.mask, many.mask)
 
 
+NO_MEMORY = [
+    torch.OutOfMemoryError("too much"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: str(error).split("\n")[0])
 @pytest.mark.parametrize("at_once", [True, False], ids=["when made", "when run"])
-def test_memory_that_runs_out_halves_the_batch(net, phantom, monkeypatch, at_once):
+def test_memory_that_runs_out_halves_the_batch(net, phantom, monkeypatch, at_once, error):
     def run_out(prepared, given, threshold):
         if len(prepared._input) > 2:
-            raise torch.OutOfMemoryError("too much")
+            raise error
         return whole(prepared, given, threshold)
 
     def allocate(*size, **options):
         if at_once and len(size) == 1 and size[0] > 2 * one.stream.engine.memory_bytes:
-            raise torch.OutOfMemoryError("too much")
+            raise error
         return zeros(*size, **options)
 
     one, whole, zeros = Segmenter(net, batch_size=1), runner._Prepared.__call__, torch.zeros
@@ -123,6 +137,38 @@ def test_memory_that_runs_out_halves_the_batch(net, phantom, monkeypatch, at_onc
     found = segmenter.segment(phantom, affine=ASYMMETRIC)
     assert segmenter.stream.batch_size == 1  # 6, 3, 1
     np.testing.assert_array_equal(found.mask, one.segment(phantom, affine=ASYMMETRIC).mask)
+
+
+def test_whole_numbers_travel_as_int16(net, phantom):
+    """Whatever they are stored as; the results are those of float32, bit for bit."""
+    slices = phantom.transpose(2, 1, 0)
+    for dtype in (np.int16, ">i2", np.int32, np.float32, np.float64):
+        whole = as_hu(slices.astype(dtype))
+        assert whole.dtype == np.int16 and whole.flags.c_contiguous and whole.flags.writeable
+        np.testing.assert_array_equal(whole, slices)
+    for other in (slices + 0.25, slices + 40_000.0, np.where(slices > 0, np.nan, slices), np.full((1, 2, 2), np.inf)):
+        kept = as_hu(other)
+        assert kept.dtype == np.float32
+        np.testing.assert_array_equal(kept, other)
+    jobs = [Job(x, (0.8, 0.9), 0.5, keeps_probabilities=True) for x in (whole, slices.astype(np.float32))]
+    one, other = Segmenter(net).stream.run(jobs)
+    np.testing.assert_array_equal(one.probabilities, other.probabilities)
+    lungs = [find_lungs(job.slices, job.mask, (2.5, 0.8, 0.9)).labels for job in jobs]
+    numbers = [measure(job.mask, job.slices, 2.0, labels) for job, labels in zip(jobs, lungs, strict=True)]
+    assert numbers[0] == numbers[1]
+
+
+def test_a_series_travels_as_int16(phantom, tmp_path):
+    """Where slope and intercept of its slices keep its values whole."""
+    hu = phantom.transpose(2, 1, 0).astype(float)
+    of_each = [(1, -1024 + k) for k in range(6)]
+    for slopes, dtype in ((None, np.int16), (of_each, np.int16), ([(0.5, -1024)] * 6, np.float32)):
+        folder = write_series(
+            tmp_path / f"{dtype.__name__}{slopes is None}", hu + 0.5 * (dtype == np.float32), slopes=slopes
+        )
+        read, slices = read_case(Case("series", "dicom", folder), None)
+        assert slices.dtype == dtype
+        np.testing.assert_array_equal(slices, read.turn.to_slices(read_series(folder).voxels))
 
 
 def test_memory_that_one_slice_is_too_much_for_is_an_error(net, phantom, monkeypatch):

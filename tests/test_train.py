@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -29,8 +30,10 @@ from scoat_fast.imaging.window import LUNG, Window
 from scoat_fast.pretrained import Pretrained, save
 from scoat_fast.segmentation.inference import Segmenter
 from scoat_fast.train import batches as batches_module
+from scoat_fast.train import trainer
 from scoat_fast.train.augment import augment
 from scoat_fast.train.batches import Batches, Waiting
+from scoat_fast.train.command import _processes
 from scoat_fast.train.config import Stage, default_recipe, paper_recipe
 from scoat_fast.train.data import COLUMNS, fold_patients, load, of_patients, read_index, split
 from scoat_fast.train.evaluate import evaluate, table
@@ -429,7 +432,7 @@ def test_options_out_of_range_are_refused(data, tmp_path, capsys, option):
     [
         ("--batch-size 1 --size 16", "--size 16 wants two slices a step on each device, got --batch-size 1"),
         ("--batch-size 2 --size 16 --devices 2", "--size 16 wants two slices a step on each device"),
-        ("--batch-size 3 --devices 2", "--batch-size must be a multiple of --devices 2, got 3"),
+        ("--batch-size 3 --devices 2", "--batch-size must be a multiple of the 2 devices, got 3"),
     ],
 )
 def test_batches_that_devices_cannot_train_on_are_refused(data, tmp_path, capsys, options, reason):
@@ -485,15 +488,74 @@ def test_training_learns_what_is_to_be_found(data, tmp_path):
     assert float(rows[-1]["loss"]) < 0.75 * float(rows[0]["loss"])
 
 
-def test_two_processes_train_as_one(data, tmp_path):
-    """The sums of the Dice loss and the gradients are those of the whole batch; BatchNorm sees each half."""
+PLAIN_NETWORK = """
+import sys
+from functools import partial
+from torch import nn
+from scoat_fast.cli import main
+from scoat_fast.train import trainer
+
+def plain(config):
+    return nn.Sequential(nn.Conv2d(1, 4, 5, padding=2), nn.ReLU(), nn.Conv2d(4, 1, 5, padding=2))
+
+trainer.Trainer = partial(trainer.Trainer, build=plain)
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [float(row["loss"]) for row in csv.DictReader((folder / "metrics.csv").open())]
+
+
+def test_two_processes_train_as_one(data, tmp_path, monkeypatch):
+    """As torchrun starts them, a network that normalises nothing has the losses that the whole batch gives: they differ
+    from the second epoch on where gradients are not exchanged. BatchNorm would see each half on a CPU.
+    """
+    script = tmp_path / "plain.py"
+    script.write_text(PLAIN_NETWORK)
+    options = [
+        "--size",
+        "32",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "4",
+        "--quiet",
+        "--device",
+        "cpu",
+        "--precision",
+        "32-true",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command = list(map(str, [*torchrun, "train", data, "-o", tmp_path / "two", *options]))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == EXIT_OK, done.stderr
+    monkeypatch.setattr(trainer, "Trainer", trainer.Trainer)  # as it is to be again
+    runpy.run_path(str(script))
+    assert main(["train", str(data), "-o", str(tmp_path / "one"), *options]) == EXIT_OK
+    one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(set(one)) == 4
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_two_devices_train_quietly(data, tmp_path):
     command = [sys.executable, "-m", "scoat_fast.cli", "train", str(data), "-o", str(tmp_path / "two"), *TINY]
     result = subprocess.run([*command, "--epochs", "1", "--devices", "2"], capture_output=True, text=True, timeout=300)
     assert result.returncode == EXIT_OK, result.stderr
-    assert result.stderr == ""  # it is quiet, the libraries' warnings with it
-    assert train(data, tmp_path / "one", "--epochs", 1) == EXIT_OK
-    one, two = (float(next(csv.DictReader((tmp_path / n / "metrics.csv").open()))["loss"]) for n in ("one", "two"))
-    assert two == pytest.approx(one, rel=0.1)
+    assert result.stderr == ""  # the libraries' warnings with it
+    assert len(losses_of(tmp_path / "two")) == 1
+
+
+def test_what_torchrun_started_is_what_trains(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert _processes(1) == _processes(2) == (2, 3)
+    assert train(data, tmp_path / "run", "--devices", 4) == EXIT_USAGE
+    assert "torchrun started 2 processes on this machine, --devices says 4" in capsys.readouterr().err
+    assert train(data, tmp_path / "run", "--batch-size", 8) == EXIT_USAGE
+    assert "a multiple of the 6 devices, got 8" in capsys.readouterr().err
 
 
 # Scores

@@ -1,4 +1,5 @@
-"""A cohort end to end, from files to files, beside the engine's own speed and a plain loop over the same scans.
+"""A cohort end to end, from files to files, beside the engine's own speed, what the host can do where the network
+costs nothing, and a plain loop over the same scans.
 
 What has another answer than the plain loop gets no number.
 """
@@ -6,43 +7,51 @@ What has another answer than the plain loop gets no number.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..errors import BadInputError, ScoatFastError
 from ..imaging.grid import from_square, to_square
 from ..imaging.nifti import read_nifti, stem
 from ..imaging.volume import Turn
+from ..model import SCOATNet
+from ..pretrained import Pretrained
 from ..segmentation.inference import Segmenter
-from ..segmentation.pipeline import Options, segment_files
+from ..segmentation.pipeline import Options, Summary, segment_files
+from ..segmentation.stream import Job, Stream
 from .contenders import baseline_of
 from .machine import facts, save
 
 DICE = 0.995  # of the pipeline's masks with the loop's; they resize with other bits, and a GPU computes in bfloat16
-ENOUGH = 100  # cases of a round, to say how memory grows
+ENOUGH = 100  # cases of a round, to say how memory grows; and at most so many to say what the host alone can do
 SAMPLED = 0.05  # seconds between two looks at the process's memory
+NOISE = 12.0  # HU, standard deviation: without, volumes that were made larger would pack too well
 MIB = 1 << 20
 
 
 def run(
     scans: Sequence[Path],
-    weights: str | Path,
+    weights: str | Path | SCOATNet,
     device: str,
     copies: int,
     rounds: int = 5,
     seconds: float = 5.0,
     commit: str = "",
     output: Path | None = None,
+    shape: tuple[int, int, int] | None = None,
+    threads: int | None = None,
 ) -> dict:
     """Measures, prints and writes ``output``.
 
@@ -50,37 +59,46 @@ def run(
         scans: NIfTI volumes, each of which stands for ``copies`` cases, or some more so that rounds are equal.
         rounds: in which cohort, engine and loop take turns; a machine may be faster at one time than at another.
         seconds: for the engine alone.
+        shape: voxels [I, J, K] that each scan is resampled to first.
+        threads: see ``Options``.
 
     Returns:
         What the file holds: the machine, ``cases``, ``slices``, ``shape`` and the network's ``size``, and ``rows`` with
-        ``name, slices_per_s, reason``; that of the cohort also has ``share_of_engine``, ``ratio_to_loop``,
-        ``waited_for_reading`` and ``waited_for_writing`` (shares of the time that the engine stood still for),
-        ``peak_mib`` and ``mib_per_100_cases`` of the last round (how the memory grows; null in rounds of fewer than
-        a hundred).
+        ``name, slices_per_s, reason``: the cohort, the engine, the host and the loop. That of the cohort also has
+        ``share_of_engine``, ``ratio_to_loop``, ``waited_for_reading`` and ``waited_for_writing`` (shares of the time
+        that the engine stood still for), ``peak_mib`` and ``mib_per_100_cases`` of the last round (how the memory
+        grows; null in rounds of fewer than a hundred).
     """
     segmenter = Segmenter(weights, device)
     where = segmenter.stream.device
-    engine, cohort, loop, memory = _Pace(), _Pace(), _Pace(), _Memory()
+    engine, cohort, host, loop, memory = _Pace(), _Pace(), _Pace(), _Pace(), _Memory()
+    options = Options(quiet=True, threads=threads)
+    idle = copy.copy(segmenter)
+    idle.stream = _Free(segmenter.stream)
     both = marked = 0
     read = written = 0.0
     with tempfile.TemporaryDirectory() as scratch:
+        if shape is not None:
+            scans = [_resample(scan, shape, Path(scratch)) for scan in scans]
         for k in range(rounds):
             cases = _copy(scans, Path(scratch) / f"cohort{k}", -(-copies // rounds))
             results = Path(scratch) / f"results{k}"
             engine.add(*_run_engine(segmenter, seconds / rounds))
             with memory if k == rounds - 1 else contextlib.nullcontext():
-                summary = segment_files(cases, results, segmenter, Options(quiet=True))
-            if not summary.all_well:
-                failed = next(row for row in summary.rows if row["status"] != "ok")
-                raise ScoatFastError(f"{failed['input']}: {failed['error']}")
+                summary = _well(segment_files(cases, results, segmenter, options))
             cohort.add(summary.slices, summary.seconds)
             read, written = read + summary.waited_for_reading, written + summary.waited_for_writing
             masks, *pace = _plain_loop(cases[: len(scans)], segmenter, where)
             loop.add(*pace)
+            alone = _well(segment_files(cases[:ENOUGH], Path(scratch) / f"host{k}", idle, options))
+            host.add(alone.slices, alone.seconds)
             for path, theirs in masks.items():
                 ours = np.asarray(nib.load(results / f"{stem(path)}_mask.nii.gz").dataobj).astype(bool)
                 both, marked = both + int((ours & theirs).sum()), marked + int(ours.sum() + theirs.sum())
-        shape = list(read_nifti(cases[0]).voxels.shape)
+            if k < rounds - 1:  # a disk may not hold all of them
+                for folder in (cases[0].parent, results, Path(scratch) / f"host{k}"):
+                    shutil.rmtree(folder)
+        found = list(read_nifti(cases[0]).voxels.shape)
     dice = 2 * both / marked if marked else 1.0
     reason = None if dice >= DICE else f"its masks overlap with the loop's by a Dice of {dice:.4f}, wanted is {DICE}"
     cases_done = rounds * len(cases)
@@ -102,12 +120,13 @@ def run(
         **facts(where, commit),
         "cases": cases_done,
         "slices": cohort.slices,
-        "shape": shape,
+        "shape": found,
         "size": segmenter.pretrained.size,
         "batch": segmenter.stream.batch_size,
         "rows": [
             row,
             {"name": "the engine alone", "slices_per_s": engine.speed, "reason": None},
+            {"name": "the host alone", "slices_per_s": host.speed, "reason": None},
             {"name": "nibabel, eager PyTorch, nibabel", "slices_per_s": loop.speed, "reason": None},
         ],
     }
@@ -138,6 +157,52 @@ def text(result: dict) -> str:
         f"memory: {cohort['peak_mib']:.0f} MiB at most{growth}",
     ]
     return "\n".join(lines)
+
+
+def untrained(width: int, size: int) -> SCOATNet:
+    """A network that costs what a trained one does."""
+    torch.manual_seed(0)
+    net = SCOATNet(width=width).eval()
+    net.pretrained = Pretrained(f"untrained, width {width}", size=size)
+    return net
+
+
+class _Free(Stream):
+    """Stands in for a stream: answers at once, with the same block in each slice."""
+
+    def __init__(self, stream: Stream):
+        self.net, self.device, self.batch_size = stream.net, stream.device, stream.batch_size
+
+    def run(
+        self, jobs: Iterable[Job], attention: bool = False, progress: Callable[[int], object] = lambda slices: None
+    ) -> Iterator[Job]:
+        for job in jobs:
+            count, height, width = job.mask.shape
+            job.mask[:] = 0
+            job.mask[:, height // 2 : height // 2 + height // 6, width // 5 : width // 5 + width // 6] = 1
+            job.answered = count
+            progress(count)
+            yield job
+
+
+def _well(summary: Summary) -> Summary:
+    """Raises ScoatFastError where a case failed."""
+    for row in summary.rows:
+        if row["status"] != "ok":
+            raise ScoatFastError(f"{row['input']}: {row['error']}")
+    return summary
+
+
+def _resample(scan: Path, shape: tuple[int, int, int], folder: Path) -> Path:
+    """A scan of another shape that covers the same, with noise as a scanner's."""
+    volume = read_nifti(scan)
+    smooth = F.interpolate(torch.from_numpy(volume.voxels.astype(np.float32))[None, None], shape, mode="trilinear")
+    noise = np.random.default_rng(0).normal(0, NOISE, shape).astype(np.float32)
+    voxels = (smooth[0, 0].numpy() + noise).round().clip(-1024, 3071).astype(np.int16)
+    larger = np.array(volume.voxels.shape) / shape
+    place = folder / f"{stem(scan)}.nii.gz"
+    nib.save(nib.Nifti1Image(voxels, volume.affine @ np.diag([*larger, 1.0])), place)
+    return place
 
 
 def _copy(scans: Sequence[Path], folder: Path, copies: int) -> list[Path]:

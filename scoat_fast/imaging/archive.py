@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import zipfile
 import zlib
+from collections.abc import Container
 from pathlib import Path, PurePosixPath
 
 from ..errors import BadInputError
@@ -14,11 +15,12 @@ MEMBERS, LARGEST, RATIO, SMALL = 20_000, 8 << 30, 200, 64 << 20  # files, bytes 
 CHUNK = 1 << 20
 
 
-def unpack(path: Path, folder: Path, most: int | None = None) -> None:
+def unpack(path: Path, folder: Path, most: int | None = None, wanted: Container[str] | None = None) -> None:
     """Unpacks an archive into an empty folder, under names of its own: a number, and the suffix that the file had.
 
     Args:
         most: bytes of each file, to look at their headers; all by default.
+        wanted: the files to unpack, by their places in ``folder``; all by default.
 
     Raises:
         BadInputError: for a damaged or encrypted archive, one with links, absolute names or names that climb out of
@@ -30,9 +32,10 @@ def unpack(path: Path, folder: Path, most: int | None = None) -> None:
             _check(path, members)
             folders = {name: k for k, name in enumerate(sorted({_parent(member) for member in members}))}
             for k, member in enumerate(members):
-                here = folder / f"{folders[_parent(member)]:05}"
-                here.mkdir(exist_ok=True)
-                _extract(path, archive, member, here / f"{k:05}{_suffix(member)}", most)
+                place = f"{folders[_parent(member)]:05}/{k:05}{_suffix(member)}"
+                if wanted is None or place in wanted:
+                    (folder / place).parent.mkdir(exist_ok=True)
+                    _extract(path, archive, member, folder / place, most)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, BadInputError):
             raise

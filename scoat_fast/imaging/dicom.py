@@ -45,9 +45,10 @@ TILT = 1.0  # degrees between the slices' normal and the way from one to the nex
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM by its suffix or by how it begins. Raises BadInputError if it cannot be read."""
-    if path.suffix.lower() in SUFFIXES:
-        return True
-    start = _start(path)
+    return path.suffix.lower() in SUFFIXES or _begins_as_dicom(path, _start(path))
+
+
+def _begins_as_dicom(path: Path, start: bytes) -> bool:
     if start[128:] == b"DICM":
         return path.name.upper() != "DICOMDIR"
     return len(start) == 132 and start[:2] in FIRST_GROUPS and not _suffix(path)
@@ -77,7 +78,8 @@ def _is_damaged_slice(path: Path) -> bool:
 def has_frames(path: Path) -> bool:
     """Whether a DICOM file holds several slices, and so may be a series by itself. Raises BadInputError."""
     with warnings.catch_warnings(action="ignore"), _damage_named(path), path.open("rb") as file:
-        header = read_partial(file, lambda tag, *_: tag > NUMBER_OF_FRAMES, force=_start(path)[128:] != b"DICM")
+        start = file.peek(132)[:132]
+        header = read_partial(file, lambda tag, *_: tag > NUMBER_OF_FRAMES, force=start[128:] != b"DICM")
         return int(header.get("NumberOfFrames", None) or 1) > 1
 
 
@@ -99,18 +101,18 @@ def list_series(folder: str | Path) -> list[Series]:
     with warnings.catch_warnings(action="ignore"):
         for path in sorted(Path(folder).iterdir()):
             with contextlib.suppress(BadInputError):
-                series = _series_of(path) if path.is_file() and is_dicom(path) else None
+                series = _series_of(path) if path.is_file() else None
                 if series is not None:
                     found.setdefault(series.uid, series)
     return sorted(found.values(), key=lambda series: (series.number is None, series.number or 0, series.uid))
 
 
-def says_series(path: Path) -> bool:
-    """Whether what there is of a file tells to which series of images it belongs."""
+def series_uid(path: Path) -> str:
+    """The UID of the series of images that what there is of a file belongs to; "" where it does not tell."""
     with warnings.catch_warnings(action="ignore"), contextlib.suppress(BadInputError):
         series = _series_of(path)
-        return series is not None and bool(series.uid)
-    return False
+        return "" if series is None else series.uid
+    return ""
 
 
 def _may_be_of(path: Path, uid: str) -> bool:
@@ -125,7 +127,10 @@ def _may_be_of(path: Path, uid: str) -> bool:
 def _series_of(path: Path) -> Series | None:
     """The series of an image, None for what is none; from what stands before its pixels. Raises BadInputError."""
     with _damage_named(path), path.open("rb") as file:
-        header = read_partial(file, lambda tag, *_: tag > SERIES_NUMBER, force=_start(path)[128:] != b"DICM")
+        start = file.peek(132)[:132]
+        if path.suffix.lower() not in SUFFIXES and not _begins_as_dicom(path, start):
+            return None
+        header = read_partial(file, lambda tag, *_: tag > SERIES_NUMBER, force=start[128:] != b"DICM")
         if not _names_image(header) or _is_localizer(header):
             return None
         number = str(header.get("SeriesNumber", None) or "")
@@ -267,9 +272,9 @@ class _Frame(pydicom.Dataset):
 
 
 def _read(path: Path, with_pixels: bool = True) -> pydicom.FileDataset:
-    bare = _start(path)[128:] != b"DICM" and not _suffix(path)
-    with _damage_named(path):
-        slice = pydicom.dcmread(path, force=bare, stop_before_pixels=not with_pixels)
+    with _damage_named(path), path.open("rb") as file:
+        bare = file.peek(132)[128:132] != b"DICM" and not _suffix(path)
+        slice = pydicom.dcmread(file, force=bare, stop_before_pixels=not with_pixels)
         if bare and "TransferSyntaxUID" not in slice.file_meta:
             implicit, _ = slice.original_encoding
             slice.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
@@ -287,6 +292,8 @@ def _damage_named(path: str | Path) -> Iterator[None]:
         raise
     except InvalidDicomError as error:
         raise BadInputError(path, "not a DICOM file, or damaged at its start") from error
+    except OSError as error:
+        raise BadInputError(path, f"cannot be read: {error.strerror or error}") from error
     except Exception as error:
         raise BadInputError(path, f"damaged: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from ..errors import BadInputError
 
 SLICE_AXES = "SPL"  # slices from the feet up, rows to the back (spine down), columns to the patient's left
-AIR, TISSUE = -500.0, -200.0  # HU: what lies below is air or lung, what lies above is tissue
+AIR, TISSUE = -500, -200  # HU: what lies below is air or lung, what lies above is tissue
 SEEN = 0.002  # share of the voxels; less than this is noise, not anatomy
 LEVELS = 8  # values that a phantom of some materials may have; a scan has more
-HIGHEST = 5000.0  # HU; even metal is cut off at 3071 by most scanners
-DENSE, MOSTLY = 700.0, 0.1  # HU, share of what is no air: only bone is denser, and less than this of a chest is bone
+HIGHEST = 5000  # HU; even metal is cut off at 3071 by most scanners
+DENSE, MOSTLY = 700, 0.1  # HU, share of what is no air: only bone is denser, and less than this of a chest is bone
 PLANE_MM, RATIO = (0.05, 20.0), 10.0  # between pixels of a slice, and of the larger to the smaller
 APART_MM = 1000.0  # between slices, at most
 
@@ -116,45 +117,56 @@ def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
         BadInputError: if voxels are NaN or infinite, or the values cannot be Hounsfield units of a chest. The
             network would answer with an empty mask, which would look like a healthy patient.
     """
-    finite = np.isfinite(slices).all(axis=(1, 2))
+    lows, highs = slices.min(axis=(1, 2)), slices.max(axis=(1, 2))  # a NaN anywhere is either
+    finite = np.isfinite(lows) & np.isfinite(highs)
     if not finite.all():
         bad = np.flatnonzero(~finite)
         count = slices[bad].size - np.isfinite(slices[bad]).sum()
         raise BadInputError(path, f"{count} voxels are NaN or infinite, in {len(bad)} of {len(slices)} slices")
-    low, high = float(slices.min()) + 0.0, float(slices.max()) + 0.0  # without a negative zero
+    low, high = float(lows.min()) + 0.0, float(highs.max()) + 0.0  # without a negative zero
     if low == high:
         raise BadInputError(path, f"every voxel is {low:g}: nothing to segment")
     found = f"its values span {low:g} to {high:g}"
-    if (slices < AIR).mean() < SEEN:
+    least = SEEN * slices.size
+    if not _reaches(least, slices, lambda image: image < AIR):
         raise BadInputError(path, f"not in Hounsfield units of a chest: no air or lung below {AIR:g} HU; {found}")
-    seen = slices[~_padding(slices)]  # which may pass for air
-    airless = (seen < AIR).sum() < SEEN * slices.size and seen.size > 0 and seen.min() >= 0
-    if airless and len(np.unique(seen)) > LEVELS:
-        raise BadInputError(
-            path, f"not in Hounsfield units of a chest: no air, lung or fat below 0 HU but for the padding; {found}"
-        )
-    if (slices > TISSUE).mean() < SEEN:
+    padding = _padding(slices)  # which may pass for air
+    if not _reaches(least, slices, lambda image: (image < AIR) & ~np.isin(image, padding)):
+        seen = slices[~np.isin(slices, padding)]
+        if seen.size > 0 and seen.min() >= 0 and len(np.unique(seen)) > LEVELS:
+            raise BadInputError(
+                path, f"not in Hounsfield units of a chest: no air, lung or fat below 0 HU but for the padding; {found}"
+            )
+    if not _reaches(least, slices, lambda image: image > TISSUE):
         raise BadInputError(path, f"not in Hounsfield units of a chest: no tissue above {TISSUE:g} HU; {found}")
-    if (slices > HIGHEST).mean() > SEEN:
+    if high > HIGHEST and np.count_nonzero(slices > HIGHEST) > least:
         raise BadInputError(path, f"not in Hounsfield units: many voxels above {HIGHEST:g}; {found}")
-    dense = (slices > DENSE).sum() / (slices > AIR).sum()  # padding that was interpolated passes for air all the same
+    dense = np.count_nonzero(slices > DENSE) / np.count_nonzero(
+        slices > AIR
+    )  # padding that was interpolated passes for air all the same
     if dense > MOSTLY:
         raise BadInputError(
             path,
             f"not in Hounsfield units of a chest: {dense:.0%} of what is no air lies above {DENSE:g} HU, as stored "
             f"values without their intercept do; {found}",
         )
-    blank = [int(i) for i in np.flatnonzero(slices.min(axis=(1, 2)) == slices.max(axis=(1, 2)))]
+    blank = [int(i) for i in np.flatnonzero(lows == highs)]
     return [f"{len(blank)} blank slices, counted from the feet: {_some(blank)}"] if blank else []
 
 
+def _reaches(least: float, slices: np.ndarray, is_seen: Callable[[np.ndarray], np.ndarray]) -> bool:
+    """Whether so many voxels are seen; what is not needed for the answer is not looked at."""
+    found = 0
+    return any((found := found + np.count_nonzero(is_seen(image))) >= least for image in slices)
+
+
 def _padding(slices: np.ndarray) -> np.ndarray:
-    """Where voxels hold the lowest value, or the one in a corner of their volume: what lies outside the scan.
+    """The values of what lies outside the scan: the lowest, and those in the corners of the volume.
 
     Air that a scanner or a window cut off at one value goes with it; the lung and the rim of the body remain.
     """
     corners = slices[:: max(len(slices) - 1, 1), :: max(slices.shape[1] - 1, 1), :: max(slices.shape[2] - 1, 1)]
-    return np.isin(slices, [slices.min(), *np.unique(corners)])
+    return np.unique([slices.min(), *corners.ravel()])
 
 
 def check_mask(path: str | Path, voxels: np.ndarray, may_be_full: bool = False) -> None:

@@ -27,29 +27,32 @@ class Case:
     """One volume or picture; ``name`` starts its results.
 
     ``kind`` is "nifti", "itk" (NRRD or MetaImage), "dicom" (a folder, or one file with all slices; ``series`` is the
-    UID of one of several in a folder), "zip" (``series`` tells one of several scans in it) or "picture".
+    UID of one of several in a folder), "zip" (``series`` tells one of several scans in it, ``members`` what is to be
+    unpacked for it: nothing else is) or "picture".
     """
 
     name: str
     kind: str
     path: Path
     series: str | None = None
+    members: Sequence[str] = ()
 
 
 def read_volume(case: Case) -> Volume:
     """Reads a case that is no picture. Raises BadInputError."""
     if case.kind == "zip":
-        return _read_archive(case.path, case.series)
+        return _read_archive(case)
     if case.kind == "dicom":
         return dicom.read_series(case.path, case.series)
     return itk.read_itk(case.path) if case.kind == "itk" else nifti.read_nifti(case.path)
 
 
-def _read_archive(path: Path, series: str | None) -> Volume:
+def _read_archive(case: Case) -> Volume:
     """The scan in an archive that ``_archive_cases`` named, or its only one."""
+    path, series = case.path, case.series
     with tempfile.TemporaryDirectory(prefix="scoat_fast") as scratch:
         folder = Path(scratch)
-        archive.unpack(path, folder)
+        archive.unpack(path, folder, wanted=set(case.members) or None)
         try:
             if series is None:
                 scan = _only_scan(path, folder)
@@ -96,19 +99,35 @@ def _archive_cases(path: Path, wanted: Sequence[str] = ()) -> list[Case]:
             if most and not all(map(_says_enough, folder.glob("*/*"))):
                 continue  # a series must not be lost because its files say it late
             scans = _unpacked(folder, errors, wanted)
-            places = [
-                str(case.path.relative_to(folder)) + INSIDE * bool(case.series) + (case.series or "") for case in scans
-            ]
+            found = _places(folder, scans)
         if errors or any(case.kind == "picture" for case in scans) or (len(scans) < 2 and not wanted):
             return [Case(name, "zip", path)]
-        if len(scans) == 1:
-            return [Case(name, "zip", path, places[0])]
-        return [Case(f"{name}_{k}", "zip", path, place) for k, place in enumerate(places, 1)]
+        if len(found) == 1:
+            return [Case(name, "zip", path, *found[0])]
+        return [Case(f"{name}_{k}", "zip", path, *one) for k, one in enumerate(found, 1)]
     raise AssertionError("unpacked in full, an archive says all it has to say")
 
 
+def _places(folder: Path, scans: Sequence[Case]) -> list[tuple[str, tuple[str, ...]]]:
+    """For each scan of an archive where it lies in it, and the files that it needs: of a folder with several series
+    those of its own, and those that do not say to which they belong, which may be damaged slices of it.
+    """
+    uids: dict[Path, dict[Path, str]] = {}
+    found = []
+    for scan in scans:
+        place, files = str(scan.path.relative_to(folder)), [scan.path]
+        if scan.path.is_dir():
+            if scan.path not in uids:
+                uids[scan.path] = {file: dicom.series_uid(file) for file in sorted(scan.path.iterdir())}
+            files = [file for file, uid in uids[scan.path].items() if not scan.series or uid in (scan.series, "")]
+        if scan.series:
+            place += INSIDE + scan.series
+        found.append((place, tuple(str(file.relative_to(folder)) for file in files)))
+    return found
+
+
 def _says_enough(head: Path) -> bool:
-    return head.stat().st_size < HEAD or not dicom.is_dicom(head) or dicom.says_series(head)
+    return head.stat().st_size < HEAD or not dicom.is_dicom(head) or dicom.series_uid(head) != ""
 
 
 def find_cases(

@@ -217,7 +217,16 @@ def _checked_lung(name: str, lung: np.ndarray, volume: np.ndarray) -> np.ndarray
 
 
 def as_hu(slices: np.ndarray) -> np.ndarray:
-    """Voxels as int16 where they are stored so, else as float32: contiguous, writable, in the machine's byte order."""
-    is_int16 = slices.dtype.kind == "i" and slices.itemsize == 2
-    with np.errstate(over="ignore"):  # what becomes infinite is refused where HU are checked
-        return np.require(slices, np.int16 if is_int16 else np.float32, ["C", "W"])
+    """Voxels as int16 where that holds the same numbers, else as float32: contiguous, writable, in the machine's byte
+    order. Scanners store whole numbers, and half of the bytes are to be moved.
+    """
+    if slices.dtype.kind == "i" and slices.itemsize == 2:
+        return np.require(slices, np.int16, ["C", "W"])
+    with np.errstate(over="ignore", invalid="ignore"):  # what is or becomes infinite is refused where HU are checked
+        voxels = np.require(slices, np.float32, ["C", "W"])
+        whole = np.empty(voxels.shape, np.int16)
+        for image, kept in zip(voxels, whole, strict=True):
+            kept[:] = image
+            if (kept != image).any():
+                return voxels
+    return whole

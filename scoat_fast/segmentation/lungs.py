@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import cc3d
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..imaging.regions import regions
 
 RIGHT, LEFT = 1, 2
 PIXEL_MM = 2.0  # of the grid that this works on
-AIR = -400.0  # HU: half-way between lung and soft tissue
+AIR = -400  # HU: half-way between lung and soft tissue
 SKIN_MM = 6.0  # what is thinner outside the body, as a blanket is, belongs to no body
 AIRWAY = -920.0  # HU: airways and bowel gas are darker on the average, lungs are not
 AIRWAY_MM2, BOWEL_ML = 800.0, 1500.0  # and no larger than this, in a slice and in all
@@ -54,10 +52,12 @@ def find_lungs(hu: np.ndarray, opacity: np.ndarray, spacing: tuple[float, float,
     air = _without_airways(inside & (small < AIR), small, pixel, voxel_ml)
     if air.sum() * voxel_ml < LEAST_ML:
         return Lungs(warnings=["no lungs were found: no share of the lung"])
-    marked = _resize(opacity, small.shape[1:]) > 0.5
+    marked = np.zeros(small.shape, bool)
+    involved = opacity.any(axis=(1, 2))
+    marked[involved] = _resize(opacity[involved], small.shape[1:]) > 0.5
     lung = _close((air | marked) & inside, pixel) & inside
     sides = _sides(lung, air, _middle(small))
-    found = np.ascontiguousarray(_nearest(sides, hu.shape[1:]))
+    found = _nearest(sides, hu.shape[1:])
     warnings = []
     added = 1 - air.sum() / (sides > 0).sum()
     if added > ADDED:
@@ -88,35 +88,32 @@ def _inside(hu: np.ndarray, pixel: tuple[float, float]) -> np.ndarray:
     tissue = _open(hu >= AIR, pixel, SKIN_MM)
     if not tissue.any():
         return tissue
-    body = cc3d.largest_k(tissue.astype(np.uint8), k=1, connectivity=6) > 0
-    outside = np.zeros_like(body)
-    for k, image in enumerate(body):
-        around = np.pad(~image, 1, constant_values=True)  # air on all sides is one
-        outside[k] = (regions(around, 4)[0] == 1)[1:-1, 1:-1]
-    return ~outside
+    labels, _ = regions(tissue, 6)
+    body = labels == np.bincount(labels[tissue]).argmax()
+    around = np.pad(~body, ((0, 0), (1, 1), (1, 1)), constant_values=True)  # air on all sides of a slice is one
+    labels, _ = regions(around, 4)
+    return (labels != labels[:, :1, :1])[:, 1:-1, 1:-1]
 
 
 def _without_airways(air: np.ndarray, hu: np.ndarray, pixel: tuple[float, float], voxel_ml: float) -> np.ndarray:
     """Air that is lung: neither small dark holes of slices, nor what is dark as a whole, nor scattered pieces."""
+    label, pixels, mean = _pieces(air, hu, 8)
+    area = pixels * pixel[0] * pixel[1]
+    airway = (mean < AIRWAY) & (area < AIRWAY_MM2)
     kept = air.copy()
-    for k, image in enumerate(air):
-        labels, count = regions(image, 8)
-        if count:
-            area = np.bincount(labels.ravel(), minlength=count + 1) * pixel[0] * pixel[1]
-            mean = (
-                np.bincount(labels.ravel(), hu[k].ravel(), minlength=count + 1) * pixel[0] * pixel[1] / area.clip(1e-9)
-            )
-            airway = (mean < AIRWAY) & (area < AIRWAY_MM2)
-            airway[0] = True
-            kept[k] = ~airway[labels]
-    labels, count = regions(kept, 26)
-    if not count:
-        return kept
-    voxels = np.bincount(labels.ravel(), minlength=count + 1)
-    mean = np.bincount(labels.ravel(), hu.ravel(), minlength=count + 1) / voxels.clip(1)
-    voxels[0] = 0
+    kept[air] = ~airway[label]
+    label, voxels, mean = _pieces(kept, hu, 26)
     lung = (voxels >= SHARE * voxels.max()) & ((mean >= AIRWAY) | (voxels * voxel_ml > BOWEL_ML))
-    return lung[labels]
+    kept[kept] = lung[label]
+    return kept
+
+
+def _pieces(mask: np.ndarray, hu: np.ndarray, neighbours: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The label of each voxel in the mask, and how many voxels, of what mean in HU, each label has; 0 has none."""
+    labels, count = regions(mask, neighbours)
+    label = labels[mask]
+    voxels = np.bincount(label, minlength=count + 1)
+    return label, voxels, np.bincount(label, hu[mask], minlength=count + 1) / voxels.clip(1)
 
 
 def _sides(lung: np.ndarray, air: np.ndarray, middle: float) -> np.ndarray:
@@ -124,10 +121,11 @@ def _sides(lung: np.ndarray, air: np.ndarray, middle: float) -> np.ndarray:
     sides = np.zeros(lung.shape, np.uint8)
     columns = np.flatnonzero(lung.any(axis=(0, 1)))
     width = 2 * max(middle - columns[0], columns[-1] - middle)
-    for k, image in enumerate(lung):
-        labels = regions(image, 8)[0]
-        for piece in range(1, int(labels.max()) + 1):
-            here = labels == piece
+    labels, last = regions(lung, 8)[0], 0
+    for k, image in enumerate(labels):
+        first, last = last + 1, max(last, int(image.max()))
+        for piece in range(first, last + 1):
+            here = image == piece
             across = np.flatnonzero(here.any(axis=0))
             if across[0] < middle - width / 6 and across[-1] > middle + width / 6:
                 near = slice(max(int(middle - width / 8), 0), int(middle + width / 8) + 2)
@@ -149,15 +147,15 @@ def _shrink(hu: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
 def _resize(slices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     if slices.shape[1:] == shape:
         return slices.astype(np.float32)
-    found = [
-        F.interpolate(torch.from_numpy(x.astype(np.float32))[None, None], shape, mode="area")[0, 0] for x in slices
-    ]
-    return torch.stack(found).numpy()
+    found = np.empty((len(slices), *shape), np.float32)
+    for k, image in enumerate(slices):
+        found[k] = F.interpolate(torch.from_numpy(image.astype(np.float32))[None, None], shape, mode="area")[0, 0]
+    return found
 
 
 def _nearest(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     rows, columns = ((np.arange(size) * less) // size for size, less in zip(shape, labels.shape[1:], strict=True))
-    return labels[:, rows[:, None], columns[None, :]]
+    return labels.take(columns, axis=2).take(rows, axis=1)
 
 
 def _open(mask: np.ndarray, pixel: tuple[float, float], mm: float) -> np.ndarray:
@@ -170,8 +168,12 @@ def _close(mask: np.ndarray, pixel: tuple[float, float]) -> np.ndarray:
 
 def _grow(mask: np.ndarray, pixel: tuple[float, float], mm: float, shrink: bool = False) -> np.ndarray:
     """A mask grown, or shrunk, by a rectangle of ``mm`` around each pixel; beyond the image lies nothing new."""
-    reach = [round(mm / size) for size in pixel]
-    kernel = [2 * r + 1 for r in reach]
-    x: Tensor = torch.from_numpy(mask != shrink)[:, None].float()
-    grown = F.max_pool2d(x, kernel, 1, reach)[:, 0].numpy() > 0.5
+    grown = mask != shrink
+    for axis, size in enumerate(pixel, 1):
+        before = np.moveaxis(grown, axis, 0)
+        after = before.copy("K")
+        for step in range(1, round(mm / size) + 1):
+            after[step:] |= before[:-step]
+            after[:-step] |= before[step:]
+        grown = np.moveaxis(after, 0, axis)
     return grown != shrink

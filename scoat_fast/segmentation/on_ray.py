@@ -37,7 +37,7 @@ class Workers:
     """What Ray starts: ``count`` processes (by default as many as the cluster has room for).
 
     A worker takes a GPU where the cluster has any or ``device`` says so, and ``cpus`` cores, which may be a fraction;
-    by default one beside a GPU, else all of this machine.
+    by default a GPU's share of those of its machine, else all of this machine. Half of them read, the others write.
     """
 
     count: int | None = None
@@ -62,7 +62,9 @@ def segment_files_on_ray(
     with _cluster():
         count, takes = _room(workers)
         lung = None if options.lung is None else options.lung.resolve()
-        build = (weights, takes["num_gpus"], workers.batch_size, output.resolve(), replace(options, lung=lung))
+        threads = options.threads or max(1, int(takes["num_cpus"] / 2) if takes["num_gpus"] else 1)
+        each = replace(options, lung=lung, threads=threads)
+        build = (weights, takes["num_gpus"], workers.batch_size, output.resolve(), each)
 
         def work(cases: Sequence[Case], journal: Journal, summary: Summary) -> None:
             rows: dict[str, dict] = {}
@@ -186,9 +188,10 @@ def _room(workers: Workers) -> tuple[int, dict]:
     if workers.device not in ("auto", "cpu", "cuda"):
         raise ScoatFastError(f"workers want device auto, cpu or cuda, got {workers.device!r}")
     machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+    share = min((has.get("CPU", 0) // has["GPU"] for has in machines if has.get("GPU")), default=0)
     has_gpu = any(machine.get("GPU") for machine in machines)
     gpus = int(has_gpu) if workers.device == "auto" else int(workers.device == "cuda")
-    cpus = workers.cpus if workers.cpus is not None else 1 if gpus else os.cpu_count()
+    cpus = workers.cpus if workers.cpus is not None else max(share, 1) if gpus else os.cpu_count()
     if not cpus > 0 or (cpus > 1 and cpus % 1):
         raise ScoatFastError(f"a worker takes whole CPUs or a fraction of one, got {cpus:g}")
     room = sum(int(min(has.get("CPU", 0) / cpus, has.get("GPU", 0) if gpus else math.inf)) for has in machines)

@@ -1,13 +1,15 @@
 """Files in, files out: the ``segment`` command.
 
 Cases are read, answered and written at the same time, by threads that hand them on: while a GPU works on one case, the
-next is read and the one before is written. What waits between them is bounded.
+next ones are read and those before it are written. What waits between them is bounded: no thread that reads is more
+than one case ahead of the engines, and as many cases are written at once as there are threads for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 import traceback
@@ -53,6 +55,7 @@ class Options:
     save_attention: bool = False
     save_lungs: bool = False
     dicom_seg: bool = False  # where the input is a DICOM series
+    threads: int | None = None  # that read, and as many that write; by default what the devices of the engines want
     redo: bool = False  # also what is done already
     quiet: bool = False
     part: int = 1  # of ``parts``: every one takes its share of the cases
@@ -163,11 +166,12 @@ class Run:
     def run(self, cases: Sequence[Case]) -> None:
         """Does all cases, and fills in the summary."""
         rows: dict[str, dict] = {}
-        count = len(self.segmenters)
-        readers, engines, writers = (ThreadPoolExecutor(count, name) for name in ("reader", "engine", "writer"))
-        slots = threading.BoundedSemaphore(count)  # a case each may wait for a writer
+        threads = self.options.threads or _threads(self.segmenters)
+        readers, writers = (ThreadPoolExecutor(threads, name) for name in ("reader", "writer"))
+        engines = ThreadPoolExecutor(len(self.segmenters), "engine")
+        slots = threading.BoundedSemaphore(threads)  # no case waits for a writer in the writers' queue
         try:
-            jobs = _Shared(_ahead(readers, self._read, cases, count))
+            jobs = _Shared(_ahead(readers, self._read, cases, threads))
             answering = [engines.submit(self._answer, one, jobs, writers, slots, rows) for one in self.segmenters]
             for future in wait(answering, return_when=FIRST_EXCEPTION).done:
                 future.result()
@@ -362,6 +366,12 @@ class Run:
         yield
         with self._lock:
             setattr(self.summary, what, getattr(self.summary, what) + time.perf_counter() - began)
+
+
+def _threads(segmenters: Sequence[Segmenter]) -> int:
+    """How many read, and write: one for each engine, and half of the cores where GPUs would wait for one."""
+    on_gpu = any(segmenter.stream.device.type == "cuda" for segmenter in segmenters)
+    return max(len(segmenters), (os.cpu_count() or 1) // 2 if on_gpu else 0)
 
 
 class _Shared:

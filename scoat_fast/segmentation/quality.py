@@ -36,9 +36,9 @@ def assess(mask: np.ndarray, turn: Turn | None, warnings: Sequence[str], has_lun
         ends = [name for name, k in (("lowest", 0), ("highest", -1)) if len(mask) > 1 and mask[k].any()]
         if ends:
             reasons.append(f"opacity reaches the {' and the '.join(ends)} slice: it may go on outside the scan")
-    if mask.mean() > MOST:
-        failures.append(f"{mask.mean():.0%} of all voxels are marked as opacity: this is no segmentation of lungs")
-    if turn is not None and not has_lungs and not mask.any():
+    if (share := np.count_nonzero(mask) / mask.size) > MOST:
+        failures.append(f"{share:.0%} of all voxels are marked as opacity: this is no segmentation of lungs")
+    if turn is not None and not has_lungs and not share:
         failures.append("neither lungs nor opacity were found: this says nothing about the patient")
     status = "fail" if failures else "warn" if reasons else "pass"
     return {"status": status, "reasons": failures + reasons}

@@ -30,7 +30,7 @@ def measure(
     either and its part of it.
     """
     mask = mask.astype(bool)
-    voxels = int(mask.sum())
+    voxels = int(np.count_nonzero(mask))
     inside = hu[mask].astype(np.float64) if hu is not None else None
 
     def ml(count: int) -> float | None:
@@ -42,28 +42,29 @@ def measure(
         "ml": ml(voxels),
         "hu_mean": float(inside.mean()) if inside is not None and voxels else None,
         "hu_sd": float(inside.std()) if inside is not None and voxels else None,
-        "slices": int(mask.any(axis=(1, 2)).sum()),
+        "slices": int(np.count_nonzero(mask.any(axis=(1, 2)))),
     }
     if inside is not None:
         low, high = GROUND_GLASS
-        numbers["ground_glass_ml"] = ml(((inside >= low) & (inside <= high)).sum())
-        numbers["consolidation_ml"] = ml((inside > high).sum())
-        numbers["other_ml"] = ml((inside < low).sum())
+        numbers["ground_glass_ml"] = ml(np.count_nonzero((inside >= low) & (inside <= high)))
+        numbers["consolidation_ml"] = ml(np.count_nonzero(inside > high))
+        numbers["other_ml"] = ml(np.count_nonzero(inside < low))
     else:
         numbers |= dict.fromkeys(("ground_glass_ml", "consolidation_ml", "other_ml"))
-    whole = None if lungs is None else lungs > 0
-    numbers["lung_ml"] = None if whole is None else ml(whole.sum())
-    numbers["share_of_lung"] = _share(mask, whole)
+    if lungs is None:
+        return numbers | dict.fromkeys(("lung_ml", "share_of_lung", "right_ml", "right_share", "left_ml", "left_share"))
+    marked = lungs[mask]
+    numbers["lung_ml"] = ml(np.count_nonzero(lungs))
+    numbers["share_of_lung"] = _share(np.count_nonzero(marked), np.count_nonzero(lungs))
     for name, side in (("right", RIGHT), ("left", LEFT)):
-        here = None if lungs is None else lungs == side
-        numbers[f"{name}_ml"] = None if here is None else ml((mask & here).sum())
-        numbers[f"{name}_share"] = _share(mask, here)
+        here = np.count_nonzero(marked == side)
+        numbers[f"{name}_ml"] = ml(here)
+        numbers[f"{name}_share"] = _share(here, np.count_nonzero(lungs == side))
     return numbers
 
 
-def _share(mask: np.ndarray, lung: np.ndarray | None) -> float | None:
-    total = 0 if lung is None else int(lung.sum())
-    return int((mask & lung).sum()) / total if total else None
+def _share(marked: int, lung: int) -> float | None:
+    return int(marked) / int(lung) if lung else None
 
 
 def check_min_mm3(min_mm3: float) -> None:

@@ -19,6 +19,8 @@ from ..imaging.window import Window
 from ..model import SCOATNet
 
 BATCH = {"cuda": 32, "cpu": 1}  # more slices at once are slower on a CPU: their features leave its caches
+# what the libraries say that do not raise torch.OutOfMemoryError: CUDA, its driver, Triton; cuBLAS and cuDNN
+NO_MEMORY = ("out of memory", "out_of_memory", "alloc_failed")
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Stream:
         self.batch_size = BATCH[device.type] if batch_size is None else batch_size
         self._size, self._window = net.pretrained.size, Window(*net.pretrained.window)
         self._make_engine()
+        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def run(
         self, jobs: Iterable[Job], attention: bool = False, progress: Callable[[int], object] = lambda slices: None
@@ -168,8 +171,8 @@ class Stream:
                 if ready is not None:
                     ready.record(torch.cuda.current_stream(self.device))
                 return results, ready
-            except torch.OutOfMemoryError:
-                if not self._can_shrink:
+            except RuntimeError as error:
+                if not (_is_out_of_memory(error) and self._can_shrink):
                     raise
             self._shrink()  # here, where the error no longer holds what was computed
 
@@ -200,11 +203,20 @@ class Stream:
     def _squares(self, part: _Part) -> Tensor:
         """Slices as the network wants them, [N, 1, size, size]."""
         job = part.job
-        given = torch.from_numpy(job.slices[part.start : part.stop])[:, None]
-        given = given.pin_memory() if self.device.type == "cuda" else given
-        given = given.to(self.device, non_blocking=True).float()
+        given = self._to_device(torch.from_numpy(job.slices[part.start : part.stop])[:, None]).float()
         greys = given if job.windowed else self._window.apply(given)
         return _one_by_one(partial(to_square, spacing=job.spacing, size=self._size), greys)
+
+    def _to_device(self, given: Tensor) -> Tensor:
+        """Slices on the device; to a GPU they travel while it computes on those before them."""
+        if self.device.type != "cuda":
+            return given
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copying):
+            there = given.pin_memory().to(self.device, non_blocking=True)
+        computing.wait_stream(self._copying)
+        there.record_stream(computing)  # no later copy gets its memory before it was read
+        return there
 
     @property
     def _can_shrink(self) -> bool:
@@ -226,8 +238,8 @@ class Stream:
         try:
             self.engine = compile_network(self.net, batch_sizes=(self.batch_size, -(-self.batch_size // 4), 1))
             return
-        except torch.OutOfMemoryError:
-            if not self._can_shrink:
+        except RuntimeError as error:
+            if not (_is_out_of_memory(error) and self._can_shrink):
                 raise
         self._shrink()
 
@@ -235,6 +247,10 @@ class Stream:
 def _one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A function of [N, C, H, W]; on a CPU of each slice alone, since there its bits depend on what is beside it."""
     return torch.cat([function(one) for one in x.split(1)]) if x.device.type == "cpu" and len(x) > 1 else function(x)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in NO_MEMORY)
 
 
 def _count(parts: list[_Part]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,8 @@ def train(args: argparse.Namespace) -> int:
     from .config import RECIPES, Config
     from .data import fold_patients, read_index
 
-    _check_batch(args)
+    devices, machines = _processes(args.devices)
+    _check_batch(args, devices * machines)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     recipe = RECIPES[args.recipe](**({} if args.epochs is None else {"epochs": args.epochs}))
     patients = args.validate
@@ -53,7 +55,7 @@ def train(args: argparse.Namespace) -> int:
         seed=args.seed,
         precision=precision(device) if args.precision == "auto" else args.precision,
     )
-    fabric = Fabric(accelerator=device, devices=args.devices, precision=config.precision)
+    fabric = Fabric(accelerator=device, devices=devices, num_nodes=machines, precision=config.precision)
     fabric.launch()
     Trainer(config, args.output, fabric, args.name, args.licence, args.quiet).fit()
     if patients and fabric.is_global_zero:
@@ -83,11 +85,21 @@ def _validate(
         write_text(path, json.dumps(metrics, indent=2) + "\n")
 
 
-def _check_batch(args: argparse.Namespace) -> None:
+def _processes(devices: int) -> tuple[int, int]:
+    """How many on each machine, and how many machines: as torchrun started them, else ``devices`` on this one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()):
+        return devices, 1
+    here, everywhere = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if devices not in (1, here):
+        raise ScoatFastError(f"torchrun started {here} processes on this machine, --devices says {devices}")
+    return here, everywhere // here
+
+
+def _check_batch(args: argparse.Namespace, devices: int) -> None:
     """Refuses batches that cannot be spread over the devices, or normalised on each."""
-    if args.batch_size % args.devices:  # their gradients are averaged as equals
-        raise ScoatFastError(f"--batch-size must be a multiple of --devices {args.devices}, got {args.batch_size}")
-    if args.size == SMALLEST and args.batch_size == args.devices:  # a single pixel a channel on the lowest level
+    if args.batch_size % devices:  # their gradients are averaged as equals
+        raise ScoatFastError(f"--batch-size must be a multiple of the {devices} devices, got {args.batch_size}")
+    if args.size == SMALLEST and args.batch_size == devices:  # a single pixel a channel on the lowest level
         raise ScoatFastError(
             f"--size {SMALLEST} wants two slices a step on each device, got --batch-size {args.batch_size}"
         )
