@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import os
+import re
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import OutputError
+
+TEMPORARY = re.compile(r"\.scoat_fast-([0-9a-f]{8})-(\d+)-.+\.part")  # with the machine and the process of the writer
+DAY = 86_400  # seconds; nothing takes so long to write
 
 
 class StagedFiles:
     """Several files that become visible together, when the ``with`` block ends without an error.
 
     Each is written under a temporary name in its own folder, flushed to disk and renamed at the end, so that a
-    killed process or a full disk never leaves a file that only looks finished; what a killed process left under a
-    temporary name goes away when the same file is written again. Raises OutputError.
+    killed process or a full disk never leaves a file that only looks finished; what a killed process left under
+    temporary names goes away when another first writes into the folder. Raises OutputError.
     """
 
     def __init__(self) -> None:
@@ -42,9 +49,8 @@ class StagedFiles:
     def write(self, path: Path, writer: Callable[[BinaryIO], None]) -> None:
         """Stages ``path`` with what ``writer`` writes into the binary file that it is given."""
         try:
-            prefix = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}."  # short: names may be 255 bytes
-            for stale in path.parent.glob(f"{prefix}*.part"):
-                stale.unlink()
+            _remove_leftovers(path.parent)
+            prefix = f".scoat_fast-{_machine()}-{os.getpid()}-"  # without the name of the file, which may be 255 bytes
             handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=path.parent)
             self._staged.append((Path(temporary), path))
             with os.fdopen(handle, "wb") as file:
@@ -112,6 +118,36 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise OutputError(path, error.strerror or str(error)) from error
     return path
+
+
+@cache  # once a process: a folder may hold the results of thousands of scans
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what dead processes left in a folder under temporary names; that of the living stays."""
+    with os.scandir(folder) as entries:
+        found = [(entry, match) for entry in entries if (match := TEMPORARY.fullmatch(entry.name))]
+    for entry, (machine, process) in ((entry, match.groups()) for entry, match in found):
+        with contextlib.suppress(FileNotFoundError):  # it has its name by now, or somebody else was faster
+            if (machine == _machine() and not _lives(int(process))) or time.time() - entry.stat().st_mtime > DAY:
+                Path(entry).unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+@cache
+def _machine() -> str:
+    """Of where the numbers of processes mean the same as here: this start of this machine, or a container on it."""
+    facts = [os.uname().nodename]
+    with contextlib.suppress(OSError):  # only Linux tells more, and has containers
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
 
 
 def _sync_folder(folder: Path) -> None:

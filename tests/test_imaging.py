@@ -6,6 +6,7 @@ import errno
 import gzip
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -352,15 +353,40 @@ def test_an_error_leaves_nothing_behind(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
+def stage_and_die(folder: Path, ready: Callable[[], object]) -> None:
+    """In a process of its own: stages files, calls ``ready``, and is gone without a word."""
+    child = os.fork()
+    if child == 0:
+        killed = files.StagedFiles()
+        for name in ("a[1]", "b"):
+            killed.write(folder / name, lambda file: file.write(b"half"))
+        ready()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
 def test_what_a_killed_writer_left_goes_away(tmp_path):
-    killed = files.StagedFiles()
-    for name in ("a[1]", "b"):
-        killed.write(tmp_path / name, lambda file: file.write(b"half"))
-    left = set(tmp_path.iterdir())
-    files.write_text(tmp_path / "a[1]", "whole")
-    assert len(left) == 2
-    assert len(left & set(tmp_path.iterdir())) == 1
-    assert (tmp_path / "a[1]").read_text() == "whole"
+    def write() -> None:
+        files._remove_leftovers.cache_clear()  # as in another process
+        files.write_text(tmp_path / "c", "whole")
+
+    stage_and_die(tmp_path, write)
+    left = {path for path in tmp_path.iterdir() if path.suffix == ".part"}
+    assert len(left) == 2 and (tmp_path / "c").exists()  # they were of a living process
+    foreign = [tmp_path / f".scoat_fast-01234567-1-{name}.part" for name in ("new", "old")]  # of another machine
+    for path in (*foreign, tmp_path / ".somebody.part"):
+        path.write_text("half")
+        os.utime(path, (1, 1) if path != foreign[0] else None)
+    write()
+    assert set(tmp_path.iterdir()) == {tmp_path / "c", foreign[0], tmp_path / ".somebody.part"}
+
+
+def test_many_files_in_a_folder_do_not_slow_writing_down(tmp_path, monkeypatch):
+    listed, scan = [], os.scandir
+    monkeypatch.setattr(files.os, "scandir", lambda folder: listed.append(folder) or scan(folder))
+    for k in range(20):
+        files.write_text(tmp_path / f"{k}", "whole")
+    assert listed == [tmp_path]
 
 
 def test_names_may_be_as_long_as_the_file_system_has_them_and_no_utf8(tmp_path):

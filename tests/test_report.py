@@ -96,14 +96,16 @@ def test_what_is_damaged_costs_no_other_page(results, tmp_path, capsys):
     (results / "plain.json").write_text((results / "plain.json").read_text()[:-30])
     (results / "p_overlay.png").write_bytes(b"x")
     (results / f"{HOSTILE}_attention_x11.nii.gz").write_bytes(b"x")
+    (results / "half.json").write_text('{"case": "half", "scoat_fast": "0.1.0", "unfinished": true}')
     report = tmp_path / "report"
     assert run("report", results, "-o", report, "--quiet") == EXIT_FAILED_CASES
     said = capsys.readouterr().err
     assert "plain.json: its report is missing or damaged" in said and "p_overlay.png" in said
     assert "attention_x11.nii.gz: truncated" in said
     assert "missing or damaged" in Page(report / "cases" / "plain.html").text
+    assert "a run was stopped before all results were there" in Page(report / "cases" / "half.html").text
     assert "picture of this case is missing or damaged" in Page(report / "cases" / "p.html").text
-    assert len(list(report.rglob("*.html"))) == 5
+    assert len(list(report.rglob("*.html"))) == 6
 
 
 def test_files_of_others_stay(results, tmp_path, capsys):

@@ -106,6 +106,8 @@ def _entry(path: Path, name: str, row: dict, full_paths: bool) -> Entry:
         return entry
     try:
         report = json.loads(path.read_bytes())
+        if report.get("unfinished"):
+            raise ValueError("it says that a run was stopped before all results were there; segment the case again")
         if not is_report(path) or not {"status", "reasons"} <= report["qc"].keys():
             raise ValueError("it is no report of this version")
         entry.input, entry.report = _shown(report["input"], full_paths), report

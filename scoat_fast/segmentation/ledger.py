@@ -1,6 +1,7 @@
 """What results were made from, so that a second run does only what is missing or changed.
 
-The ledger's row of a case is ``made_from`` in its report: the report appears last of its results, whole or not at all.
+The ledger's row of a case is ``made_from`` in its report: it appears last of its results, whole or not at all. While
+they appear, the report says ``unfinished`` and has no such row.
 """
 
 from __future__ import annotations
