@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
-import io
 import os
 import re
 import stat
@@ -14,11 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import BinaryIO, TextIO
 
 from .errors import OutputError
 
 TEMPORARY = re.compile(r"\.scoat_fast-([0-9a-f]{8})-(\d+)-.+\.part")  # with the machine and the process of the writer
+FORMULA = re.compile(r"'*[=+\-@\t\r\n]")  # how it begins, and what must not be taken for one that was made harmless
 DAY = 86_400  # seconds; nothing takes so long to write
 
 
@@ -95,12 +96,37 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """Writes a table, missing values empty, through a temporary file beside it. Raises OutputError."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
+    """Writes a table, missing values empty, through a temporary file beside it. Raises OutputError.
+
+    Text that spreadsheets would run as a formula, such as the name of a file, has an apostrophe before it.
+    """
+    lines: list[str] = []
+    keep = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    table = csv.DictWriter(
+        keep, columns, lineterminator="\r\n"
+    )  # or before Python 3.13 a CR in text would not be quoted
     table.writeheader()
-    table.writerows(rows)
-    write_text(path, text.getvalue())
+    table.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
+    write_text(path, "".join(lines))
+
+
+def read_csv(file: TextIO) -> list[dict]:
+    """The rows of a table as ``write_csv`` writes it. Raises csv.Error."""
+    return [{name: _as_it_was(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _as_it_was(value):
+    return value[1:] if isinstance(value, str) and value[:1] == "'" and FORMULA.match(value, 1) else value
+
+
+def _harmless(value):
+    if not isinstance(value, str) or not FORMULA.match(value):
+        return value
+    try:
+        float(value)  # and no formula
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def is_file(path: str | Path) -> bool:

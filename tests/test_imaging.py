@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import gzip
 import itertools
@@ -393,6 +394,20 @@ def test_names_may_be_as_long_as_the_file_system_has_them_and_no_utf8(tmp_path):
     for name in ("x" * 255, os.fsdecode(b"bad\xff.csv")):
         files.write_csv(tmp_path / name, ["name"], [{"name": os.fsdecode(b"bad\xff")}])
         assert (tmp_path / name).read_bytes() == b"name\nbad\xff\n"
+
+
+def test_tables_hold_no_formulas(tmp_path):
+    texts = [f"{sign}cmd|' C calc'!A0" for sign in "=+-@\t\r\n"]
+    texts += ["'=1+1", "''-x", "'quoted'", "a=b", "=", "-", "", "O'", "a\r=1,2", 'a\n"=1']
+    numbers = [-1.5, "-1350", "+3e-2", -7, "-5"]
+    files.write_csv(tmp_path / "t.csv", ["text"], [{"text": value} for value in [*texts, *numbers, "'-5"]])
+    with (tmp_path / "t.csv").open(newline="") as file:
+        raw = [row["text"] for row in csv.DictReader(file)]
+    assert raw[len(texts) : -1] == list(map(str, numbers))
+    for text in raw[: len(texts)]:
+        assert not text.startswith(tuple("=+-@\t\r\n"))
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert [row["text"] for row in files.read_csv(file)] == [*texts, *map(str, numbers), "'-5"]
 
 
 def test_a_rename_that_fails_takes_the_others_back(tmp_path):

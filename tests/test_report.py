@@ -48,7 +48,7 @@ class Page(HTMLParser):
             self.text += data
 
 
-HOSTILE = "<script>alert(1)<\uff0fscript> '\"&=cmd"
+HOSTILE = "=1+1<script>alert(1)<\uff0fscript> '\"&=cmd"
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def test_pages_are_whole_and_need_nothing_else(results, tmp_path):
     assert "a header of 348 bytes is wanted" in pages[report / "cases" / "bad.html"].text
     picture = pages[report / "cases" / "p.html"]
     assert sum(address.startswith("data:") for address in picture.addresses) == 7
+    assert not [line for line in (results / "cases.csv").read_text().splitlines() if line.startswith(("=", '"='))]
     before = {path: path.read_bytes() for path in pages}
     assert run("report", results, "-o", report, "--quiet") == EXIT_OK  # again, over its own pages
     assert {path: path.read_bytes() for path in pages} == before

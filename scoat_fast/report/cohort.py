@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, one_line
-from ..files import make_folder
+from ..files import make_folder, read_csv
 from ..imaging.nifti import read_nifti
 from ..imaging.volume import Turn
 from ..segmentation.cases import is_report
@@ -88,7 +88,7 @@ def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
     for table in sorted(results.glob("cases*.csv")):
         try:
             with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                rows = [row for row in csv.DictReader(file) if row.get("case")]
+                rows = [row for row in read_csv(file) if row.get("case")]
         except (OSError, csv.Error) as error:
             raise BadInputError(table, f"cannot be read: {error}") from error
         for row in rows:
