@@ -160,10 +160,32 @@ def test_other_weights_or_lungs_are_another_result(ct, net, weights, phantom, tm
         nib.save(nib.Nifti1Image((phantom < -700 - 160 * k).astype(np.uint8), ASYMMETRIC), lungs / "ct.nii.gz")
         assert run("segment", ct, "-o", out, "--weights", weights, "--lung", lungs) == EXIT_OK
         digests.append(json.loads((out / "ct.json").read_text())["made_from"])
-    assert digests[0]["input"]["sha256"] != digests[1]["input"]["sha256"]
+    assert digests[0]["input"] == digests[1]["input"]
+    assert digests[0]["lung"]["sha256"] != digests[1]["lung"]["sha256"]
     assert digests[0]["weights"] == digests[1]["weights"]
     assert run("segment", ct, "-o", out, "--lung", lungs) == EXIT_OK
     assert json.loads((out / "ct.json").read_text())["made_from"]["weights"] != digests[0]["weights"]
+
+
+def test_a_file_of_equal_size_and_an_older_time_is_another_input(ct, phantom, weights, tmp_path, capsys):
+    """As ``cp -p`` and ``rsync -t`` replace it: a slice, and a lung mask."""
+    slices = sorted(write_series(tmp_path / "series", phantom.transpose(2, 1, 0).astype(float)).iterdir())
+    lung = tmp_path / "lung.nii"
+    nib.save(nib.Nifti1Image((phantom < -700).astype(np.uint8), ASYMMETRIC), lung)
+    for k, path in enumerate([*slices, lung, ct]):
+        os.utime(path, (1000 + k, 1000 + k))
+
+    def again(*arguments) -> bool:
+        assert run("segment", *arguments, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+        return "unchanged" not in capsys.readouterr().out
+
+    for path, arguments in ((slices[2], [slices[2].parent]), (lung, [ct, "--lung", lung])):
+        assert again(*arguments) and not again(*arguments)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        os.utime(path, (900, 900))
+        assert again(*arguments) and not again(*arguments)
 
 
 def test_parts_share_the_cases(cohort, weights, tmp_path):

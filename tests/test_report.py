@@ -160,10 +160,11 @@ def test_followup_by_date(visits, tmp_path):
     assert "script" not in shown.elements
 
 
-def test_followup_without_an_input_still_has_its_numbers(visits, tmp_path):
+def test_followup_without_an_input_still_has_its_numbers(visits, phantom, tmp_path):
     (tmp_path / "visits" / "v0.nii.gz").unlink()
-    time = (visits / "v1.json").stat().st_mtime + 100
-    os.utime(tmp_path / "visits" / "v1.nii.gz", (time, time))
+    nib.save(nib.Nifti1Image(phantom[:, :, 1:], ASYMMETRIC), tmp_path / "visits" / "v1.nii.gz")
+    os.utime(tmp_path / "visits" / "v1.nii.gz", (1000, 1000))  # as rsync -t leaves it
+    os.utime(tmp_path / "visits" / "v2.nii.gz")  # touched, not changed
     given = [f"2026-0{k + 1}-01={visits / f'v{k}'}.json" for k in range(3)]
     assert run("followup", *given, "-o", tmp_path / "page.html") == EXIT_OK
     page = Page(tmp_path / "page.html")
