@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import os
 import re
@@ -93,6 +94,23 @@ def write_text(path: str | Path, text: str) -> None:
     Names of files that are not UTF-8 keep their bytes.
     """
     write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds to a UTF-8 text file, flushed to disk, in one write: all of it or, where the disk is full, nothing.
+
+    Raises OutputError.
+    """
+    data = text.encode(errors="surrogateescape")
+    try:
+        with path.open("ab", buffering=0) as file:
+            written = file.write(data)
+            if written < len(data):
+                file.truncate(file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
 
 
 def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict]) -> None:

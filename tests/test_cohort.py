@@ -21,10 +21,11 @@ from conftest import ASYMMETRIC
 from dicom_series import write_series
 from test_segment import rows_of, run
 
+from scoat_fast import files
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
-from scoat_fast.errors import ScoatFastError
+from scoat_fast.errors import OutputError, ScoatFastError
 from scoat_fast.imaging.volume import Turn
-from scoat_fast.segmentation import pipeline, reading, stream
+from scoat_fast.segmentation import journal, pipeline, reading, stream
 from scoat_fast.segmentation.inference import Segmenter
 from scoat_fast.segmentation.quality import assess
 from scoat_fast.segmentation.stream import Job
@@ -263,6 +264,33 @@ def test_a_reader_that_breaks_costs_one_case(cohort, weights, tmp_path, monkeypa
     monkeypatch.undo()
     assert run("segment", cohort, "-o", out, "--weights", weights) == EXIT_OK
     assert not (out / "failures.jsonl").exists()
+
+
+def test_failures_are_added_one_by_one(tmp_path, monkeypatch, capsys):
+    path, written, append = tmp_path / "failures.jsonl", [], files.append_text
+
+    def moody(path, text):
+        written.append(text.count("\n"))
+        if len(written) == 2:
+            raise OutputError(path, "No space left on device")
+        append(path, text)
+
+    monkeypatch.setattr(journal, "append_text", moody)
+    path.write_text("of an earlier run")
+    notes = journal.OpenJournal(path, quiet=False)
+    for k in range(4):
+        notes.fail({"case": f"{k}", "reason": "bad"}, f"{k}.nii")
+    assert written == [1, 1, 2, 1]  # what could not be written waits
+    assert [json.loads(line)["case"] for line in path.read_text().splitlines()] == list("0123")
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
+def test_lists_that_were_cut_when_the_power_went_are_written_anew(ct, weights, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name, data in (("cases.csv", b""), ("failures.jsonl", b'{"ca')):
+        (tmp_path / "out" / name).write_bytes(data)
+    assert run("segment", ct, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+    assert not (tmp_path / "out" / "failures.jsonl").exists() and len(rows_of(tmp_path / "out")) == 1
 
 
 def test_a_stopped_run_ends_at_once_and_leaves_nothing_half_written(cohort, weights, tmp_path, monkeypatch):

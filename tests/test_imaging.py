@@ -7,6 +7,8 @@ import errno
 import gzip
 import itertools
 import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASYMMETRIC
+from limits import BYTES, SECONDS, within
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from PIL import Image
 
@@ -426,6 +429,21 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     with pytest.raises(OutputError, match=r"a: cannot be written: No space left on device"):
         files.write_atomically(tmp_path / "a", full)
     assert list(tmp_path.iterdir()) == []
+
+
+def append_to_a_full_disk(path: Path) -> str:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    files.append_text(path, "first\n")
+    with pytest.raises(OutputError, match="t: cannot be written: No space left"):
+        files.append_text(path, "second\n")
+    return path.read_text()
+
+
+def test_what_is_added_to_a_file_is_there_whole_or_not_at_all(tmp_path):
+    assert within(SECONDS, BYTES, append_to_a_full_disk, tmp_path / "t") == "first\n"
+    files.append_text(tmp_path / "t", "second\n")
+    assert (tmp_path / "t").read_text() == "first\nsecond\n"
 
 
 @pytest.mark.parametrize("padding", [-1000, -2000, -976, -3024])

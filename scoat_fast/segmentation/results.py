@@ -48,7 +48,8 @@ def check_lists(table: Path, failures: Path) -> None:
             raise OutputError(path, "what has this name is no file")
         try:
             with path.open("rb") as file:
-                ours = file.readline().startswith(start)
+                line = file.readline()
+                ours = line.startswith(start) or start.startswith(line)  # as much as was on disk when the power went
         except FileNotFoundError:
             continue
         except OSError as error:
