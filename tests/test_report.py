@@ -109,6 +109,21 @@ def test_what_is_damaged_costs_no_other_page(results, tmp_path, capsys):
     assert len(list(report.rglob("*.html"))) == 6
 
 
+def test_a_case_in_several_tables_is_one_case(ct, weights, tmp_path):
+    """Run whole, when it could not be read, and then in parts."""
+    data = ct.read_bytes()
+    ct.write_bytes(b"hello")
+    results = tmp_path / "results"
+    for parts in ((), ("--num-parts", 2, "--part", 1)):
+        code = run("segment", ct, "-o", results, "--weights", weights, "--quiet", *parts)
+        assert code == (EXIT_OK if parts else EXIT_FAILED_CASES)
+        ct.write_bytes(data)
+    os.utime(results / "cases.csv", (1000, 1000))
+    assert run("report", results, "-o", tmp_path / "report", "--quiet") == EXIT_OK
+    text = Page(tmp_path / "report" / "index.html").text
+    assert "1 cases" in text and "failed" not in text
+
+
 def test_files_of_others_stay(results, tmp_path, capsys):
     report = tmp_path / "report"
     report.mkdir()

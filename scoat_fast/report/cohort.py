@@ -83,17 +83,22 @@ def write_report(results: Path, output: Path, full_paths: bool = False, quiet: b
 
 
 def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
-    """The cases of the tables, and of the reports that no table names."""
+    """The cases of the tables, and of the reports that no table names. What several tables name, the latest tells."""
     seen = set()
-    for table in sorted(results.glob("cases*.csv")):
+    try:
+        tables = sorted(results.glob("cases*.csv"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    except OSError as error:
+        raise BadInputError(results, f"cannot be read: {error}") from error
+    for table in tables:
         try:
             with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 rows = [row for row in read_csv(file) if row.get("case")]
         except (OSError, csv.Error) as error:
             raise BadInputError(table, f"cannot be read: {error}") from error
         for row in rows:
-            seen.add(row["case"])
-            yield _entry(results / f"{row['case']}.json", row["case"], row, full_paths)
+            if row["case"] not in seen:
+                seen.add(row["case"])
+                yield _entry(results / f"{row['case']}.json", row["case"], row, full_paths)
     for path in sorted(results.glob("*.json")):
         if path.stem not in seen and is_report(path):
             yield _entry(path, path.stem, {}, full_paths)
