@@ -369,6 +369,18 @@ def test_quality_by_hand():
     assert low["status"] == "warn" and "covers 100 mm" in low["reasons"][0]
     mask[0, 1, 1] = mask[-1, 1, 1] = 1
     assert "reaches the lowest and the highest slice" in assess(mask, turn, [])["reasons"][0]
+    mask[0, 1, 1] = mask[-1, 1, 1] = 0
+    for place, sides in (
+        ((5, 0, 3), "front"),
+        ((5, -1, 3), "back"),
+        ((5, 3, 0), "right"),
+        ((5, 0, -1), "front and the left"),
+    ):
+        cut = mask.copy()
+        cut[place] = 1
+        reason = f"opacity reaches the {sides} edge of slices: it may go on outside them"
+        for found in (assess(cut, turn, []), assess(cut[5:6], None, [])):
+            assert found == {"status": "warn", "reasons": [reason]}
     assert "12.0 mm apart" in assess(mask[:20], Turn(np.diag([0.7, 0.7, 12.0, 1.0])), [])["reasons"][0]
     angle = np.radians(20)
     tilted = np.eye(4)
