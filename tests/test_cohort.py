@@ -23,6 +23,7 @@ from test_segment import rows_of, run
 
 from scoat_fast import files
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
+from scoat_fast.engine.runner import compile as compile_network
 from scoat_fast.errors import OutputError, ScoatFastError
 from scoat_fast.imaging.volume import Turn
 from scoat_fast.segmentation import journal, pipeline, reading, stream
@@ -166,6 +167,18 @@ def test_other_weights_or_lungs_are_another_result(ct, net, weights, phantom, tm
     assert digests[0]["weights"] == digests[1]["weights"]
     assert run("segment", ct, "-o", out, "--lung", lungs) == EXIT_OK
     assert json.loads((out / "ct.json").read_text())["made_from"]["weights"] != digests[0]["weights"]
+
+
+def test_another_precision_is_another_result_and_another_device_is_none(ct, net, tmp_path, monkeypatch):
+    """A GPU that computes in float32 as the CPU does goes on where the CPU was stopped; one in bfloat16 starts anew."""
+    answered, finish = [], pipeline.Run._finish
+    monkeypatch.setattr(pipeline.Run, "_finish", lambda self, job: answered.append(job) or finish(self, job))
+    for dtype, count in ((torch.float32, 1), (torch.float32, 0), (torch.bfloat16, 1), (torch.bfloat16, 0)):
+        segmenter = Segmenter(net, "cpu")
+        segmenter.stream.engine = compile_network(net, dtype=dtype, backend="reference")
+        answered.clear()
+        assert pipeline.segment_files([ct], tmp_path / "out", segmenter, pipeline.Options(quiet=True)).all_well
+        assert len(answered) == count
 
 
 def test_a_file_of_equal_size_and_an_older_time_is_another_input(ct, phantom, weights, tmp_path, capsys):

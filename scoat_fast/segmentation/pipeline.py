@@ -158,6 +158,7 @@ class Run:
         self.journal, self.summary = journal, summary
         self._lock, self._stop = threading.RLock(), threading.Event()
         self._weights = network_digest(segmenters[0].stream.net)
+        self._precision = str(segmenters[0].stream.engine.dtype)  # here: out of memory, a GPU may hand over to the CPU
         self._bar = tqdm(unit="slice", leave=False, total=0, disable=True if options.quiet else None)
 
     def run(self, cases: Sequence[Case]) -> None:
@@ -327,6 +328,7 @@ class Run:
         return options_digest(
             {
                 "scoat_fast": __version__,
+                "precision": self._precision,
                 "series": case.series,
                 "threshold": self.segmenters[0].threshold(self.options.threshold),
                 "min_mm3": self.options.min_mm3,
