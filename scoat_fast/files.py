@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import hashlib
-import io
 import os
+import re
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import BinaryIO, TextIO
 
 from .errors import OutputError
+
+TEMPORARY = re.compile(r"\.scoat_fast-([0-9a-f]{8})-(\d+)-.+\.part")  # with the machine and the process of the writer
+FORMULA = re.compile(r"'*[=+\-@\t\r\n]")  # how it begins, and what must not be taken for one that was made harmless
+DAY = 86_400  # seconds; nothing takes so long to write
 
 
 class StagedFiles:
     """Several files that become visible together, when the ``with`` block ends without an error.
 
     Each is written under a temporary name in its own folder, flushed to disk and renamed at the end, so that a
-    killed process or a full disk never leaves a file that only looks finished; what a killed process left under a
-    temporary name goes away when the same file is written again. Raises OutputError.
+    killed process or a full disk never leaves a file that only looks finished; what a killed process left under
+    temporary names goes away when another first writes into the folder. Raises OutputError.
     """
 
     def __init__(self) -> None:
@@ -42,9 +51,8 @@ class StagedFiles:
     def write(self, path: Path, writer: Callable[[BinaryIO], None]) -> None:
         """Stages ``path`` with what ``writer`` writes into the binary file that it is given."""
         try:
-            prefix = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}."  # short: names may be 255 bytes
-            for stale in path.parent.glob(f"{prefix}*.part"):
-                stale.unlink()
+            _remove_leftovers(path.parent)
+            prefix = f".scoat_fast-{_machine()}-{os.getpid()}-"  # without the name of the file, which may be 255 bytes
             handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=path.parent)
             self._staged.append((Path(temporary), path))
             with os.fdopen(handle, "wb") as file:
@@ -88,13 +96,55 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
+def append_text(path: Path, text: str) -> None:
+    """Adds to a UTF-8 text file, flushed to disk, in one write: all of it or, where the disk is full, nothing.
+
+    Raises OutputError.
+    """
+    data = text.encode(errors="surrogateescape")
+    try:
+        with path.open("ab", buffering=0) as file:
+            written = file.write(data)
+            if written < len(data):
+                file.truncate(file.tell() - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+
+
 def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
-    """Writes a table, missing values empty, through a temporary file beside it. Raises OutputError."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
+    """Writes a table, missing values empty, through a temporary file beside it. Raises OutputError.
+
+    Text that spreadsheets would run as a formula, such as the name of a file, has an apostrophe before it.
+    """
+    lines: list[str] = []
+    keep = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    table = csv.DictWriter(
+        keep, columns, lineterminator="\r\n"
+    )  # or before Python 3.13 a CR in text would not be quoted
     table.writeheader()
-    table.writerows(rows)
-    write_text(path, text.getvalue())
+    table.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
+    write_text(path, "".join(lines))
+
+
+def read_csv(file: TextIO) -> list[dict]:
+    """The rows of a table as ``write_csv`` writes it. Raises csv.Error."""
+    return [{name: _as_it_was(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _as_it_was(value):
+    return value[1:] if isinstance(value, str) and value[:1] == "'" and FORMULA.match(value, 1) else value
+
+
+def _harmless(value):
+    if not isinstance(value, str) or not FORMULA.match(value):
+        return value
+    try:
+        float(value)  # and no formula
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def is_file(path: str | Path) -> bool:
@@ -112,6 +162,36 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise OutputError(path, error.strerror or str(error)) from error
     return path
+
+
+@cache  # once a process: a folder may hold the results of thousands of scans
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what dead processes left in a folder under temporary names; that of the living stays."""
+    with os.scandir(folder) as entries:
+        found = [(entry, match) for entry in entries if (match := TEMPORARY.fullmatch(entry.name))]
+    for entry, (machine, process) in ((entry, match.groups()) for entry, match in found):
+        with contextlib.suppress(FileNotFoundError):  # it has its name by now, or somebody else was faster
+            if (machine == _machine() and not _lives(int(process))) or time.time() - entry.stat().st_mtime > DAY:
+                Path(entry).unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+@cache
+def _machine() -> str:
+    """Of where the numbers of processes mean the same as here: this start of this machine, or a container on it."""
+    facts = [os.uname().nodename]
+    with contextlib.suppress(OSError):  # only Linux tells more, and has containers
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from conftest import ASYMMETRIC
 from dicom_series import write_series
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from pydicom.dataset import Dataset
-from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 from test_imaging import ORIENTATIONS
 from test_segment import rows_of, run
 
@@ -213,13 +213,18 @@ def test_frames_that_lack_something_are_refused(slices, tmp_path, change, reason
 # Compressed pixels
 
 
-@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless], ids=lambda uid: uid.name)
+@pytest.mark.parametrize(
+    "syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless, DeflatedExplicitVRLittleEndian], ids=lambda uid: uid.name
+)
 def test_compressed_slices(slices, tmp_path, syntax):
     def compress(k, slice):
         slice.PixelRepresentation = 0
         slice.PixelData = (slices[k] + 1024).round().astype("<u2").tobytes()
         slice.BitsStored, slice.HighBit = 12, 11
-        slice.compress(syntax, generate_instance_uid=False)
+        if syntax == DeflatedExplicitVRLittleEndian:
+            slice.file_meta.TransferSyntaxUID = syntax
+        else:
+            slice.compress(syntax, generate_instance_uid=False)
 
     packed = read_series(write_series(tmp_path / "packed", slices, change=compress))
     np.testing.assert_array_equal(packed.voxels, read_series(write_series(tmp_path / "plain", slices)).voxels)

@@ -21,10 +21,12 @@ from conftest import ASYMMETRIC
 from dicom_series import write_series
 from test_segment import rows_of, run
 
+from scoat_fast import files
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
-from scoat_fast.errors import ScoatFastError
+from scoat_fast.engine.runner import compile as compile_network
+from scoat_fast.errors import OutputError, ScoatFastError
 from scoat_fast.imaging.volume import Turn
-from scoat_fast.segmentation import pipeline, reading, stream
+from scoat_fast.segmentation import journal, pipeline, reading, stream
 from scoat_fast.segmentation.cases import Case
 from scoat_fast.segmentation.inference import Segmenter
 from scoat_fast.segmentation.quality import assess
@@ -161,10 +163,44 @@ def test_other_weights_or_lungs_are_another_result(ct, net, weights, phantom, tm
         nib.save(nib.Nifti1Image((phantom < -700 - 160 * k).astype(np.uint8), ASYMMETRIC), lungs / "ct.nii.gz")
         assert run("segment", ct, "-o", out, "--weights", weights, "--lung", lungs) == EXIT_OK
         digests.append(json.loads((out / "ct.json").read_text())["made_from"])
-    assert digests[0]["input"]["sha256"] != digests[1]["input"]["sha256"]
+    assert digests[0]["input"] == digests[1]["input"]
+    assert digests[0]["lung"]["sha256"] != digests[1]["lung"]["sha256"]
     assert digests[0]["weights"] == digests[1]["weights"]
     assert run("segment", ct, "-o", out, "--lung", lungs) == EXIT_OK
     assert json.loads((out / "ct.json").read_text())["made_from"]["weights"] != digests[0]["weights"]
+
+
+def test_another_precision_is_another_result_and_another_device_is_none(ct, net, tmp_path, monkeypatch):
+    """A GPU that computes in float32 as the CPU does goes on where the CPU was stopped; one in bfloat16 starts anew."""
+    answered, finish = [], pipeline.Run._finish
+    monkeypatch.setattr(pipeline.Run, "_finish", lambda self, job: answered.append(job) or finish(self, job))
+    for dtype, count in ((torch.float32, 1), (torch.float32, 0), (torch.bfloat16, 1), (torch.bfloat16, 0)):
+        segmenter = Segmenter(net, "cpu")
+        segmenter.stream.engine = compile_network(net, dtype=dtype, backend="reference")
+        answered.clear()
+        assert pipeline.segment_files([ct], tmp_path / "out", segmenter, pipeline.Options(quiet=True)).all_well
+        assert len(answered) == count
+
+
+def test_a_file_of_equal_size_and_an_older_time_is_another_input(ct, phantom, weights, tmp_path, capsys):
+    """As ``cp -p`` and ``rsync -t`` replace it: a slice, and a lung mask."""
+    slices = sorted(write_series(tmp_path / "series", phantom.transpose(2, 1, 0).astype(float)).iterdir())
+    lung = tmp_path / "lung.nii"
+    nib.save(nib.Nifti1Image((phantom < -700).astype(np.uint8), ASYMMETRIC), lung)
+    for k, path in enumerate([*slices, lung, ct]):
+        os.utime(path, (1000 + k, 1000 + k))
+
+    def again(*arguments) -> bool:
+        assert run("segment", *arguments, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+        return "unchanged" not in capsys.readouterr().out
+
+    for path, arguments in ((slices[2], [slices[2].parent]), (lung, [ct, "--lung", lung])):
+        assert again(*arguments) and not again(*arguments)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        os.utime(path, (900, 900))
+        assert again(*arguments) and not again(*arguments)
 
 
 def test_parts_share_the_cases(cohort, weights, tmp_path):
@@ -264,6 +300,33 @@ def test_a_reader_that_breaks_costs_one_case(cohort, weights, tmp_path, monkeypa
     assert not (out / "failures.jsonl").exists()
 
 
+def test_failures_are_added_one_by_one(tmp_path, monkeypatch, capsys):
+    path, written, append = tmp_path / "failures.jsonl", [], files.append_text
+
+    def moody(path, text):
+        written.append(text.count("\n"))
+        if len(written) == 2:
+            raise OutputError(path, "No space left on device")
+        append(path, text)
+
+    monkeypatch.setattr(journal, "append_text", moody)
+    path.write_text("of an earlier run")
+    notes = journal.OpenJournal(path, quiet=False)
+    for k in range(4):
+        notes.fail({"case": f"{k}", "reason": "bad"}, f"{k}.nii")
+    assert written == [1, 1, 2, 1]  # what could not be written waits
+    assert [json.loads(line)["case"] for line in path.read_text().splitlines()] == list("0123")
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
+def test_lists_that_were_cut_when_the_power_went_are_written_anew(ct, weights, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name, data in (("cases.csv", b""), ("failures.jsonl", b'{"ca')):
+        (tmp_path / "out" / name).write_bytes(data)
+    assert run("segment", ct, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+    assert not (tmp_path / "out" / "failures.jsonl").exists() and len(rows_of(tmp_path / "out")) == 1
+
+
 def test_a_stopped_run_ends_at_once_and_leaves_nothing_half_written(cohort, weights, tmp_path, monkeypatch):
     out = tmp_path / "out"
     real, begun = pipeline.Run._write, threading.Event()
@@ -340,6 +403,18 @@ def test_quality_by_hand():
     assert low["status"] == "warn" and "covers 100 mm" in low["reasons"][0]
     mask[0, 1, 1] = mask[-1, 1, 1] = 1
     assert "reaches the lowest and the highest slice" in assess(mask, turn, [])["reasons"][0]
+    mask[0, 1, 1] = mask[-1, 1, 1] = 0
+    for place, sides in (
+        ((5, 0, 3), "front"),
+        ((5, -1, 3), "back"),
+        ((5, 3, 0), "right"),
+        ((5, 0, -1), "front and the left"),
+    ):
+        cut = mask.copy()
+        cut[place] = 1
+        reason = f"opacity reaches the {sides} edge of slices: it may go on outside them"
+        for found in (assess(cut, turn, []), assess(cut[5:6], None, [])):
+            assert found == {"status": "warn", "reasons": [reason]}
     assert "12.0 mm apart" in assess(mask[:20], Turn(np.diag([0.7, 0.7, 12.0, 1.0])), [])["reasons"][0]
     angle = np.radians(20)
     tilted = np.eye(4)

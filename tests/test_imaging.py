@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import gzip
 import itertools
 import os
+import resource
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASYMMETRIC
+from limits import BYTES, SECONDS, within
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from PIL import Image
 
@@ -352,21 +357,60 @@ def test_an_error_leaves_nothing_behind(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
+def stage_and_die(folder: Path, ready: Callable[[], object]) -> None:
+    """In a process of its own: stages files, calls ``ready``, and is gone without a word."""
+    child = os.fork()
+    if child == 0:
+        killed = files.StagedFiles()
+        for name in ("a[1]", "b"):
+            killed.write(folder / name, lambda file: file.write(b"half"))
+        ready()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
 def test_what_a_killed_writer_left_goes_away(tmp_path):
-    killed = files.StagedFiles()
-    for name in ("a[1]", "b"):
-        killed.write(tmp_path / name, lambda file: file.write(b"half"))
-    left = set(tmp_path.iterdir())
-    files.write_text(tmp_path / "a[1]", "whole")
-    assert len(left) == 2
-    assert len(left & set(tmp_path.iterdir())) == 1
-    assert (tmp_path / "a[1]").read_text() == "whole"
+    def write() -> None:
+        files._remove_leftovers.cache_clear()  # as in another process
+        files.write_text(tmp_path / "c", "whole")
+
+    stage_and_die(tmp_path, write)
+    left = {path for path in tmp_path.iterdir() if path.suffix == ".part"}
+    assert len(left) == 2 and (tmp_path / "c").exists()  # they were of a living process
+    foreign = [tmp_path / f".scoat_fast-01234567-1-{name}.part" for name in ("new", "old")]  # of another machine
+    for path in (*foreign, tmp_path / ".somebody.part"):
+        path.write_text("half")
+        os.utime(path, (1, 1) if path != foreign[0] else None)
+    write()
+    assert set(tmp_path.iterdir()) == {tmp_path / "c", foreign[0], tmp_path / ".somebody.part"}
+
+
+def test_many_files_in_a_folder_do_not_slow_writing_down(tmp_path, monkeypatch):
+    listed, scan = [], os.scandir
+    monkeypatch.setattr(files.os, "scandir", lambda folder: listed.append(folder) or scan(folder))
+    for k in range(20):
+        files.write_text(tmp_path / f"{k}", "whole")
+    assert listed == [tmp_path]
 
 
 def test_names_may_be_as_long_as_the_file_system_has_them_and_no_utf8(tmp_path):
     for name in ("x" * 255, os.fsdecode(b"bad\xff.csv")):
         files.write_csv(tmp_path / name, ["name"], [{"name": os.fsdecode(b"bad\xff")}])
         assert (tmp_path / name).read_bytes() == b"name\nbad\xff\n"
+
+
+def test_tables_hold_no_formulas(tmp_path):
+    texts = [f"{sign}cmd|' C calc'!A0" for sign in "=+-@\t\r\n"]
+    texts += ["'=1+1", "''-x", "'quoted'", "a=b", "=", "-", "", "O'", "a\r=1,2", 'a\n"=1']
+    numbers = [-1.5, "-1350", "+3e-2", -7, "-5"]
+    files.write_csv(tmp_path / "t.csv", ["text"], [{"text": value} for value in [*texts, *numbers, "'-5"]])
+    with (tmp_path / "t.csv").open(newline="") as file:
+        raw = [row["text"] for row in csv.DictReader(file)]
+    assert raw[len(texts) : -1] == list(map(str, numbers))
+    for text in raw[: len(texts)]:
+        assert not text.startswith(tuple("=+-@\t\r\n"))
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert [row["text"] for row in files.read_csv(file)] == [*texts, *map(str, numbers), "'-5"]
 
 
 def test_a_rename_that_fails_takes_the_others_back(tmp_path):
@@ -385,6 +429,21 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     with pytest.raises(OutputError, match=r"a: cannot be written: No space left on device"):
         files.write_atomically(tmp_path / "a", full)
     assert list(tmp_path.iterdir()) == []
+
+
+def append_to_a_full_disk(path: Path) -> str:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    files.append_text(path, "first\n")
+    with pytest.raises(OutputError, match="t: cannot be written: No space left"):
+        files.append_text(path, "second\n")
+    return path.read_text()
+
+
+def test_what_is_added_to_a_file_is_there_whole_or_not_at_all(tmp_path):
+    assert within(SECONDS, BYTES, append_to_a_full_disk, tmp_path / "t") == "first\n"
+    files.append_text(tmp_path / "t", "second\n")
+    assert (tmp_path / "t").read_text() == "first\nsecond\n"
 
 
 @pytest.mark.parametrize("padding", [-1000, -2000, -976, -3024])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from scoat_fast import ops
-from scoat_fast.ops import parity
+from scoat_fast.errors import ScoatFastError
+from scoat_fast.ops import _backend, parity
 from scoat_fast.ops._backend import why_not
 from scoat_fast.ops.parity import map_tensors, outputs_and_gradients, tensors_of
 
@@ -275,6 +276,19 @@ def test_kernels_can_be_switched_off(monkeypatch):
             ops.upsample(y)
     monkeypatch.setenv("SCOAT_FAST_DISABLE", "spatial_gate.cpu")
     assert ops.explain("upsample", y, []) == usual
+
+
+@pytest.mark.parametrize("text", ["al", "upsample.cpuu", "cpu,upsampel", "reference", "cpu.upsample"])
+def test_a_name_that_is_mistyped_switches_nothing_off_quietly(monkeypatch, text):
+    assert set(_backend.OPERATIONS) == {op.name for op in ops.ALL} | {"engine"}
+    monkeypatch.setenv("SCOAT_FAST_DISABLE", text)
+    wrong = text.split(",")[-1]
+    for call in (
+        lambda: ops.explain("upsample", torch.ones(1, 2, 3, 3), []),
+        lambda: ops.upsample(torch.ones(1, 2, 3, 3)),
+    ):
+        with pytest.raises(ScoatFastError, match=f"SCOAT_FAST_DISABLE wants all, .* got '{wrong}'"):
+            call()
 
 
 def test_refusals_can_be_printed():

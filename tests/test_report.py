@@ -49,7 +49,7 @@ class Page(HTMLParser):
             self.text += data
 
 
-HOSTILE = "<script>alert(1)<\uff0fscript> '\"&=cmd"
+HOSTILE = "=1+1<script>alert(1)<\uff0fscript> '\"&=cmd"
 
 
 @pytest.fixture
@@ -86,6 +86,7 @@ def test_pages_are_whole_and_need_nothing_else(results, tmp_path):
     assert "a header of 348 bytes is wanted" in pages[report / "cases" / "bad.html"].text
     picture = pages[report / "cases" / "p.html"]
     assert sum(address.startswith("data:") for address in picture.addresses) == 7
+    assert not [line for line in (results / "cases.csv").read_text().splitlines() if line.startswith(("=", '"='))]
     before = {path: path.read_bytes() for path in pages}
     assert run("report", results, "-o", report, "--quiet") == EXIT_OK  # again, over its own pages
     assert {path: path.read_bytes() for path in pages} == before
@@ -97,14 +98,31 @@ def test_what_is_damaged_costs_no_other_page(results, tmp_path, capsys):
     (results / "plain.json").write_text((results / "plain.json").read_text()[:-30])
     (results / "p_overlay.png").write_bytes(b"x")
     (results / f"{HOSTILE}_attention_x11.nii.gz").write_bytes(b"x")
+    (results / "half.json").write_text('{"case": "half", "scoat_fast": "0.1.0", "unfinished": true}')
     report = tmp_path / "report"
     assert run("report", results, "-o", report, "--quiet") == EXIT_FAILED_CASES
     said = capsys.readouterr().err
     assert "plain.json: its report is missing or damaged" in said and "p_overlay.png" in said
     assert "attention_x11.nii.gz: truncated" in said
     assert "missing or damaged" in Page(report / "cases" / "plain.html").text
+    assert "a run was stopped before all results were there" in Page(report / "cases" / "half.html").text
     assert "picture of this case is missing or damaged" in Page(report / "cases" / "p.html").text
-    assert len(list(report.rglob("*.html"))) == 5
+    assert len(list(report.rglob("*.html"))) == 6
+
+
+def test_a_case_in_several_tables_is_one_case(ct, weights, tmp_path):
+    """Run whole, when it could not be read, and then in parts."""
+    data = ct.read_bytes()
+    ct.write_bytes(b"hello")
+    results = tmp_path / "results"
+    for parts in ((), ("--num-parts", 2, "--part", 1)):
+        code = run("segment", ct, "-o", results, "--weights", weights, "--quiet", *parts)
+        assert code == (EXIT_OK if parts else EXIT_FAILED_CASES)
+        ct.write_bytes(data)
+    os.utime(results / "cases.csv", (1000, 1000))
+    assert run("report", results, "-o", tmp_path / "report", "--quiet") == EXIT_OK
+    text = Page(tmp_path / "report" / "index.html").text
+    assert "1 cases" in text and "failed" not in text
 
 
 def test_files_of_others_stay(results, tmp_path, capsys):
@@ -158,10 +176,11 @@ def test_followup_by_date(visits, tmp_path):
     assert "script" not in shown.elements
 
 
-def test_followup_without_an_input_still_has_its_numbers(visits, tmp_path):
+def test_followup_without_an_input_still_has_its_numbers(visits, phantom, tmp_path):
     (tmp_path / "visits" / "v0.nii.gz").unlink()
-    time = (visits / "v1.json").stat().st_mtime + 100
-    os.utime(tmp_path / "visits" / "v1.nii.gz", (time, time))
+    nib.save(nib.Nifti1Image(phantom[:, :, 1:], ASYMMETRIC), tmp_path / "visits" / "v1.nii.gz")
+    os.utime(tmp_path / "visits" / "v1.nii.gz", (1000, 1000))  # as rsync -t leaves it
+    os.utime(tmp_path / "visits" / "v2.nii.gz")  # touched, not changed
     given = [f"2026-0{k + 1}-01={visits / f'v{k}'}.json" for k in range(3)]
     assert run("followup", *given, "-o", tmp_path / "page.html") == EXIT_OK
     page = Page(tmp_path / "page.html")

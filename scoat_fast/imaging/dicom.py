@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_partial
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, UID_dictionary
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+    UID_dictionary,
+)
 
 from ..errors import BadInputError
-from .nifti import new_header
+from .nifti import LARGEST, new_header
 from .volume import Volume, check_affine
 
 SUFFIXES = (".dcm", ".ima")
@@ -39,6 +51,10 @@ FRAME_PARTS = {
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
     "CTImageFrameTypeSequence": ("FrameType",),
 }
+PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+SMALL, RATIO = 64 << 20, 50  # bytes, times the packed size: what is larger and packs better is no scan, but a bomb
+CHUNK = 1 << 16
+JPEG_FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # markers before the size, that of JPEG-LS the last
 EVEN = 0.02  # share of the spacing by which gaps between slices may differ
 TILT = 1.0  # degrees between the slices' normal and the way from one to the next
 
@@ -77,10 +93,38 @@ def _is_damaged_slice(path: Path) -> bool:
 
 def has_frames(path: Path) -> bool:
     """Whether a DICOM file holds several slices, and so may be a series by itself. Raises BadInputError."""
-    with warnings.catch_warnings(action="ignore"), _damage_named(path), path.open("rb") as file:
+    with warnings.catch_warnings(action="ignore"), _damage_named(path), _File(path) as file:
         start = file.peek(132)[:132]
         header = read_partial(file, lambda tag, *_: tag > NUMBER_OF_FRAMES, force=start[128:] != b"DICM")
         return int(header.get("NumberOfFrames", None) or 1) > 1
+
+
+class _File(io.BufferedReader):
+    """A file for pydicom, which takes a deflated data set all at once and inflates it without a bound."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(str(path)))
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As of any file. Raises BadInputError for the rest of it, where that is a bomb."""
+        data = super().read(size)
+        if size is None or size < 0:
+            _check_inflated(self.name, data)
+        return data
+
+
+def _check_inflated(path: str, packed: bytes) -> None:
+    """Raises BadInputError where deflated bytes hold too much. What is damaged, pydicom finds."""
+    most, total = min(LARGEST, max(SMALL, RATIO * len(packed))), 0
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    with contextlib.suppress(zlib.error):
+        for start in range(0, len(packed), CHUNK):
+            chunk = packed[start : start + CHUNK]
+            while chunk and total <= most:
+                total += len(stream.decompress(chunk, CHUNK))
+                chunk = stream.unconsumed_tail
+    if total > most:
+        raise BadInputError(path, f"holds more than {most} bytes in {len(packed)} deflated ones: no scan packs so")
 
 
 @dataclass(frozen=True)
@@ -126,7 +170,7 @@ def _may_be_of(path: Path, uid: str) -> bool:
 
 def _series_of(path: Path) -> Series | None:
     """The series of an image, None for what is none; from what stands before its pixels. Raises BadInputError."""
-    with _damage_named(path), path.open("rb") as file:
+    with _damage_named(path), _File(path) as file:
         start = file.peek(132)[:132]
         if path.suffix.lower() not in SUFFIXES and not _begins_as_dicom(path, start):
             return None
@@ -168,7 +212,9 @@ def _read_series(folder: Path, uid: str | None) -> Volume:
     for slice in read if uid is not None else []:
         if str(slice.get("SeriesInstanceUID", "")) != uid:  # its volume must not lack it quietly
             raise BadInputError(slice.filename, "damaged: it does not say which of the folder's series it belongs to")
-    slices = [frame for slice in read if _is_image(slice) for frame in _frames(slice) if not _is_localizer(frame)]
+    images = [slice for slice in read if _is_image(slice)]
+    _check_sizes(folder, images)
+    slices = [frame for slice in images for frame in _frames(slice) if not _is_localizer(frame)]
     if not slices:
         raise BadInputError(folder, "no DICOM file with an image")
     series = {str(slice.get("SeriesInstanceUID", "")) for slice in slices}
@@ -219,6 +265,27 @@ def sorted_headers(folder: Path, uid: str | None = None) -> tuple[list[pydicom.F
                     slices += frames
         slices = _sorted(slices)[0]
     return (files if any(isinstance(slice, _Frame) for slice in slices) else slices), slices
+
+
+def _check_sizes(folder: Path, images: list[pydicom.FileDataset]) -> None:
+    """Raises BadInputError where images declare more pixels than can be read, or than their packed ones can hold."""
+    whole = unpacked = packed = 0
+    for image in images:
+        with _damage_named(image.filename):
+            size = -(-int(image.BitsAllocated) // 8)
+            for name in ("NumberOfFrames", "SamplesPerPixel", "Rows", "Columns"):
+                size *= max(int(image.get(name, 1) or 1), 1)
+        whole += size
+        if _is_packed(image):
+            unpacked, packed = unpacked + size, packed + len(image.PixelData)
+    if whole > LARGEST:
+        raise BadInputError(folder, f"declares {whole / 2**30:.0f} GiB of pixels, more than {LARGEST >> 30}")
+    if unpacked > SMALL and unpacked > RATIO * packed:
+        raise BadInputError(folder, f"declares {unpacked} bytes of pixels in {packed} packed ones: no scan packs so")
+
+
+def _is_packed(slice: pydicom.FileDataset) -> bool:
+    return slice.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian) not in PLAIN
 
 
 def _within(folder: Path) -> list[Path]:
@@ -272,7 +339,7 @@ class _Frame(pydicom.Dataset):
 
 
 def _read(path: Path, with_pixels: bool = True) -> pydicom.FileDataset:
-    with _damage_named(path), path.open("rb") as file:
+    with _damage_named(path), _File(path) as file:
         bare = file.peek(132)[128:132] != b"DICM" and not _suffix(path)
         slice = pydicom.dcmread(file, force=bare, stop_before_pixels=not with_pixels)
         if bare and "TransferSyntaxUID" not in slice.file_meta:
@@ -374,6 +441,8 @@ def _stored(slice: pydicom.Dataset) -> np.ndarray:
     """The pixels as they are stored. Raises BadInputError."""
     if isinstance(slice, _Frame):
         return slice.stored
+    if _is_packed(slice) and slice.file_meta.TransferSyntaxUID != RLELossless:
+        _check_packed(slice)
     try:
         return slice.pixel_array
     except Exception as error:  # decoders raise many kinds on damaged or compressed data
@@ -382,6 +451,36 @@ def _stored(slice: pydicom.Dataset) -> np.ndarray:
             slice.filename,
             f"its pixels ({syntax}) cannot be decoded; compressed ones need pip install 'scoat-fast[dicom]': {error}",
         ) from error
+
+
+def _check_packed(slice: pydicom.FileDataset) -> None:
+    """Raises BadInputError where a packed frame says another size than its header: decoders make what it says."""
+    names = ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")
+    offsets = tuple(slice[name].value for name in names) if all(name in slice for name in names) else None
+    with _damage_named(slice.filename):
+        wanted = (slice.Rows, slice.Columns, slice.get("SamplesPerPixel", 1))
+        count = int(slice.get("NumberOfFrames", 1) or 1)
+        for frame in generate_frames(slice.PixelData, number_of_frames=count, extended_offsets=offsets):
+            found = _packed_size(frame)
+            if found != wanted:
+                raise BadInputError(
+                    slice.filename, f"{wanted} rows, columns and samples are wanted, as it declares, its packed pixels "
+                    f"say {found or 'nothing'}"
+                )  # fmt: skip
+
+
+def _packed_size(frame: bytes) -> tuple[int, int, int] | None:
+    """Rows, columns and samples of a JPEG, JPEG-LS or JPEG 2000 stream; None where it does not say them at once."""
+    if frame[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000
+        right, bottom, left, top = struct.unpack_from(">4I", frame, 8)
+        return bottom - top, right - left, *struct.unpack_from(">H", frame, 40)
+    at = 2
+    while frame[:2] == b"\xff\xd8" and frame[at : at + 1] == b"\xff" and frame[at + 1 : at + 2] not in b"\xda\xde":
+        if frame[at + 1] in JPEG_FRAMES:
+            return struct.unpack_from(">HHB", frame, at + 5)
+        fill = frame[at + 1] == 0xFF
+        at += 1 if fill else 2 + struct.unpack_from(">H", frame, at + 2)[0]
+    return None
 
 
 def _hounsfield(slice: pydicom.Dataset) -> np.ndarray:  # [rows, columns] float32

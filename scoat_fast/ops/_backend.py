@@ -1,7 +1,8 @@
 """The only place that chooses which implementation of an operation runs.
 
 ``SCOAT_FAST_DISABLE`` switches implementations off: a comma-separated list of implementations (``triton``), of
-operations (``upsample``), of pairs (``upsample.triton``), or ``all``. The reference cannot be switched off.
+operations (``upsample``, or ``engine``), of pairs (``upsample.triton``), or ``all``. The reference cannot be switched
+off. Any other name is an error, since whoever mistyped one would measure, or trust, what was to be off.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
+from ..errors import ScoatFastError
 from . import _verdict
 
 # Tried in this order. On a CPU, Triton only has its interpreter: for tests that ask for it by name.
 ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 IMPLEMENTATIONS = ("reference", "triton", "cuda", "cpu")
+OPERATIONS = ("upsample", "spatial_gate", "channel_gate", "batch_norm_relu", "engine")
 _MODULES = {"reference": "reference", "triton": "triton_impl", "cuda": "native_impl", "cpu": "native_impl"}
 _forced: str | None = None  # a plain global: autograd runs CUDA backwards on another thread, which sees no ContextVar
 
@@ -78,13 +82,28 @@ def why_not(op: str, name: str, *args) -> str | None:
 
 
 def disabled(op: str, name: str) -> str | None:
-    """Why an implementation is switched off: by ``SCOAT_FAST_DISABLE``, or by ``scoat-fast doctor``."""
+    """Why an implementation is switched off: by ``SCOAT_FAST_DISABLE``, or by ``scoat-fast doctor``.
+
+    Raises ScoatFastError for a name in ``SCOAT_FAST_DISABLE`` that is none.
+    """
     if name == "reference":
         return None
     text = os.environ.get("SCOAT_FAST_DISABLE", "")
-    if text and {"all", name, op, f"{op}.{name}"} & {part.strip() for part in text.split(",")}:
+    if text and {"all", name, op, f"{op}.{name}"} & _names(text):
         return f"is switched off by SCOAT_FAST_DISABLE={text}"
     return _verdict.reason(op, name)
+
+
+@cache
+def _names(text: str) -> set[str]:
+    """The names in a value of ``SCOAT_FAST_DISABLE``."""
+    names = {part.strip() for part in text.split(",")} - {""}
+    kernels = [name for name in IMPLEMENTATIONS if name != "reference"]
+    known = {"all", *kernels, *OPERATIONS, *(f"{op}.{name}" for op in OPERATIONS for name in kernels)}
+    if unknown := sorted(names - known):
+        wanted = f"all, one of {', '.join(kernels)}, one of {', '.join(OPERATIONS)}, or a pair like upsample.cpu"
+        raise ScoatFastError(f"SCOAT_FAST_DISABLE wants {wanted}, got {', '.join(map(repr, unknown))}")
+    return names
 
 
 def _consider(op: str, name: str, args: tuple) -> tuple[ModuleType | None, str | None]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, one_line
-from ..files import make_folder
+from ..files import make_folder, read_csv
 from ..imaging.nifti import read_nifti
 from ..imaging.volume import Turn
 from ..segmentation.cases import is_report
@@ -83,17 +83,22 @@ def write_report(results: Path, output: Path, full_paths: bool = False, quiet: b
 
 
 def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
-    """The cases of the tables, and of the reports that no table names."""
+    """The cases of the tables, and of the reports that no table names. What several tables name, the latest tells."""
     seen = set()
-    for table in sorted(results.glob("cases*.csv")):
+    try:
+        tables = sorted(results.glob("cases*.csv"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    except OSError as error:
+        raise BadInputError(results, f"cannot be read: {error}") from error
+    for table in tables:
         try:
             with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                rows = [row for row in csv.DictReader(file) if row.get("case")]
+                rows = [row for row in read_csv(file) if row.get("case")]
         except (OSError, csv.Error) as error:
             raise BadInputError(table, f"cannot be read: {error}") from error
         for row in rows:
-            seen.add(row["case"])
-            yield _entry(results / f"{row['case']}.json", row["case"], row, full_paths)
+            if row["case"] not in seen:
+                seen.add(row["case"])
+                yield _entry(results / f"{row['case']}.json", row["case"], row, full_paths)
     for path in sorted(results.glob("*.json")):
         if path.stem not in seen and is_report(path):
             yield _entry(path, path.stem, {}, full_paths)
@@ -106,6 +111,8 @@ def _entry(path: Path, name: str, row: dict, full_paths: bool) -> Entry:
         return entry
     try:
         report = json.loads(path.read_bytes())
+        if report.get("unfinished"):
+            raise ValueError("it says that a run was stopped before all results were there; segment the case again")
         if not is_report(path) or not {"status", "reasons"} <= report["qc"].keys():
             raise ValueError("it is no report of this version")
         entry.input, entry.report = _shown(report["input"], full_paths), report

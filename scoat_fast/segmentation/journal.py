@@ -13,7 +13,7 @@ from typing import Protocol, TextIO
 from tqdm import tqdm
 
 from ..errors import OutputError, one_line
-from ..files import write_text
+from ..files import append_text
 
 
 class Journal(Protocol):
@@ -38,7 +38,7 @@ class OpenJournal:
     """
 
     def __init__(self, failures: Path, quiet: bool):
-        self._path, self._quiet, self._failed, self._lock = failures, quiet, [], threading.Lock()
+        self._path, self._quiet, self._unwritten, self._lock = failures, quiet, "", threading.Lock()
         with contextlib.suppress(FileNotFoundError):
             failures.unlink()
 
@@ -51,11 +51,12 @@ class OpenJournal:
 
     def fail(self, failure: dict, where: str) -> None:
         with self._lock:
-            self._failed.append(failure)
+            self._unwritten += json.dumps(failure) + "\n"
             say(f"scoat-fast: {one_line(where)}: {failure['reason']}", sys.stderr)
             try:
-                write_text(self._path, "".join(json.dumps(one) + "\n" for one in self._failed))
-            except OutputError as full:  # the table has it as well, and the exit code
+                append_text(self._path, self._unwritten)
+                self._unwritten = ""
+            except OutputError as full:  # the table has it as well, and the exit code; the next failure tries again
                 say(f"scoat-fast: {full}", sys.stderr)
 
 

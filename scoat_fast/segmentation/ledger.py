@@ -1,6 +1,7 @@
 """What results were made from, so that a second run does only what is missing or changed.
 
-The ledger's row of a case is ``made_from`` in its report: the report appears last of its results, whole or not at all.
+The ledger's row of a case is ``made_from`` in its report: it appears last of its results, whole or not at all. While
+they appear, the report says ``unfinished`` and has no such row.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import BadInputError
@@ -18,12 +18,12 @@ from ..model import SCOATNet
 CHUNK = 1 << 20
 
 
-def input_facts(paths: Iterable[Path]) -> dict:
-    """How many files there are, their bytes together, the time of the last change, and a digest of their contents.
+def input_facts(path: Path) -> dict:
+    """How many files there are, their bytes together, a digest of their sizes and times, and one of their contents.
 
-    ``paths`` may hold folders, of which the files directly in them are meant. Raises BadInputError.
+    Of a folder, the files directly in it are meant. Raises BadInputError.
     """
-    files = sorted(file for path in paths for file in _files(path))
+    files = _files(path)
     contents = hashlib.sha256()
     for file in files:
         contents.update(f"{len(os.fsencode(file.name))} ".encode() + os.fsencode(file.name))
@@ -38,9 +38,16 @@ def input_facts(paths: Iterable[Path]) -> dict:
     return {**_stamp(files), "sha256": contents.hexdigest()}
 
 
-def stamp(paths: Iterable[Path]) -> dict:
+def stamp(path: Path) -> dict:
     """The facts of ``input_facts`` that need no reading."""
-    return _stamp([file for path in paths for file in _files(path)])
+    return _stamp(_files(path))
+
+
+def is_unchanged(path: Path, facts: dict) -> bool:
+    """Whether an input is that of earlier ``input_facts``: each file of the same size and time of change, or else all
+    of the same contents. Raises BadInputError.
+    """
+    return stamp(path).items() <= facts.items() or input_facts(path)["sha256"] == facts["sha256"]
 
 
 def network_digest(net: SCOATNet) -> str:
@@ -57,10 +64,10 @@ def options_digest(options: dict) -> str:
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
 
 
-def finished(report: Path, paths: Iterable[Path], weights: str, options: str) -> dict | None:
+def finished(report: Path, inputs: dict[str, Path], weights: str, options: str) -> dict | None:
     """The report of a case, if all its results are there and were made from the same; None if it is to be done.
 
-    An input with the same size and time of change is taken for the same; where these differ, its contents decide.
+    ``inputs``, by their names in the ledger, are the same where ``is_unchanged`` says so.
     """
     try:
         found = json.loads(report.read_bytes())
@@ -69,8 +76,7 @@ def finished(report: Path, paths: Iterable[Path], weights: str, options: str) ->
             return None
         if any((report.parent / name).stat().st_size != size for name, size in results.items()):
             return None
-        paths = list(paths)
-        same = stamp(paths).items() <= made["input"].items() or input_facts(paths)["sha256"] == made["input"]["sha256"]
+        same = all(is_unchanged(path, made[name]) for name, path in inputs.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInputError):
         return None  # whatever it is, it is no report of ours that is whole: the case is done anew, and says what fails
     return found if same else None
@@ -80,18 +86,19 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     try:
-        return [file for file in path.iterdir() if file.is_file() or file.is_symlink()]
+        return sorted(file for file in path.iterdir() if file.is_file() or file.is_symlink())
     except OSError as error:
         raise BadInputError(path, f"cannot be read: {error.strerror}") from error
 
 
 def _stamp(files: list[Path]) -> dict:
     try:
-        states = [file.stat() for file in files]
+        states = [(file.name, file.stat()) for file in files]
     except OSError as error:
         raise BadInputError(error.filename, f"cannot be read: {error.strerror}") from error
+    stamps = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
     return {
         "files": len(files),
-        "bytes": sum(state.st_size for state in states),
-        "modified_ns": max((state.st_mtime_ns for state in states), default=0),
+        "bytes": sum(state.st_size for _, state in states),
+        "stamp": hashlib.sha256(json.dumps(stamps).encode()).hexdigest(),
     }

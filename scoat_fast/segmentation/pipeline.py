@@ -161,6 +161,7 @@ class Run:
         self.journal, self.summary = journal, summary
         self._lock, self._stop = threading.RLock(), threading.Event()
         self._weights = network_digest(segmenters[0].stream.net)
+        self._precision = str(segmenters[0].stream.engine.dtype)  # here: out of memory, a GPU may hand over to the CPU
         self._bar = tqdm(unit="slice", leave=False, total=0, disable=True if options.quiet else None)
 
     def run(self, cases: Sequence[Case]) -> None:
@@ -238,18 +239,19 @@ class Run:
     def _load(self, case: Case) -> Job | dict:
         check_free(case, self.output)
         lung = None if self.options.lung is None else lung_path(case, self.options.lung)
-        paths = [case.path, *([] if lung is None else [lung])]
+        inputs = {"input": case.path} | ({} if lung is None else {"lung": lung})
         options = self._options_digest(case, lung is not None)
         if not self.options.redo:
-            done = finished(report_path(case, self.output), paths, self._weights, options)
+            done = finished(report_path(case, self.output), inputs, self._weights, options)
             if done is not None and not has_stale(case, self.output, done):
                 self._tell(done, "unchanged, ")
                 return row_of(done)
-        made_from = {"input": input_facts(paths), "weights": self._weights, "options": options}
+        facts = {name: input_facts(path) for name, path in inputs.items()}
         read, slices = read_case(case, lung)
-        if not stamp(paths).items() <= made_from["input"].items():
-            raise BadInputError(case.path, "was changed while it was read")
-        read.made_from = made_from
+        for name, path in inputs.items():
+            if not stamp(path).items() <= facts[name].items():
+                raise BadInputError(path, "was changed while it was read")
+        read.made_from = facts | {"weights": self._weights, "options": options}
         if self.options.lung is not None and lung is None:
             read.warnings.append("no lung mask for this case")
         if self.options.dicom_seg and case.kind != "dicom":
@@ -330,6 +332,7 @@ class Run:
         return options_digest(
             {
                 "scoat_fast": __version__,
+                "precision": self._precision,
                 "series": case.series,
                 "threshold": self.segmenters[0].threshold(self.options.threshold),
                 "min_mm3": self.options.min_mm3,

@@ -10,6 +10,8 @@ from ..imaging.volume import Turn
 
 COVERAGE_MM = 150.0  # lungs of adults are 200 to 300 mm high
 GAP_MM = 10.0  # between slices; what lies between them is not seen
+# of [slices, H, W]: where each slice ends, as a radiologist sees it
+SIDES = {"front": np.s_[..., 0, :], "back": np.s_[..., -1, :], "right": np.s_[..., 0], "left": np.s_[..., -1]}
 OBLIQUE = 15.0  # degrees between the slices' axes and the patient's
 MOST = 0.5  # of the voxels; more cannot be lung
 
@@ -36,6 +38,9 @@ def assess(mask: np.ndarray, turn: Turn | None, warnings: Sequence[str], has_lun
         ends = [name for name, k in (("lowest", 0), ("highest", -1)) if len(mask) > 1 and mask[k].any()]
         if ends:
             reasons.append(f"opacity reaches the {' and the '.join(ends)} slice: it may go on outside the scan")
+    # lungs lie within a whole slice: where opacity reaches its edge, the field of view or a crop has cut them
+    if sides := [name for name, place in SIDES.items() if mask[place].any()]:
+        reasons.append(f"opacity reaches the {' and the '.join(sides)} edge of slices: it may go on outside them")
     if (share := np.count_nonzero(mask) / mask.size) > MOST:
         failures.append(f"{share:.0%} of all voxels are marked as opacity: this is no segmentation of lungs")
     if turn is not None and not has_lungs and not share:

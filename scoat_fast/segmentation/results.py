@@ -13,8 +13,9 @@ import numpy as np
 from nibabel.nifti1 import Nifti1Header
 from PIL import Image
 
+from .. import __version__
 from ..errors import OutputError
-from ..files import StagedFiles, is_file
+from ..files import StagedFiles, is_file, write_text
 from ..imaging.nifti import nifti_bytes
 from ..model import ATTENTION_NODES
 from .cases import Case, is_report
@@ -47,7 +48,8 @@ def check_lists(table: Path, failures: Path) -> None:
             raise OutputError(path, "what has this name is no file")
         try:
             with path.open("rb") as file:
-                ours = file.readline().startswith(start)
+                line = file.readline()
+                ours = line.startswith(start) or start.startswith(line)  # as much as was on disk when the power went
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -66,6 +68,9 @@ def write_results(
     seg: Callable[[BinaryIO], None] | None = None,
 ) -> dict:
     """Writes what was found in one case, the report last, and removes optional results of earlier runs.
+
+    Files can only be renamed one by one. So a report that says ``unfinished`` comes first: whatever a killed run leaves
+    is known as this program's, and taken for the results of nothing, also where some files are of an earlier run.
 
     Args:
         report: plain data; ``results``, the size of every other file by its name, is added.
@@ -89,6 +94,8 @@ def write_results(
         report = report | {"results": files.sizes}
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         files.write(report_path(case, output), partial(_write, text.encode()))
+        claim = {"case": case.name, "scoat_fast": __version__, "unfinished": True}
+        write_text(report_path(case, output), json.dumps(claim, indent=2) + "\n")  # on disk, before anything is renamed
     _remove(stale - set(files.paths))
     return report
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import BadInputError
+from ..files import read_csv
 from ..imaging.grid import SQUARE_PIXELS, to_square
 from ..imaging.pictures import read_mask, read_picture
 from ..imaging.window import Window
@@ -57,7 +58,7 @@ def read_index(folder: str | Path) -> list[Slice]:
     path = folder / "index.csv"
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            rows = read_csv(file)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInputError(path, f"not a readable index of slices: {error}") from error
     if not rows:

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import BadInputError, ScoatFastError
-from ..files import StagedFiles, make_folder, write_csv
+from ..files import StagedFiles, make_folder, read_csv, write_csv
 from ..imaging.nifti import SUFFIXES, read_nifti
 from ..imaging.volume import Turn, Volume, check_hu, check_plane, mask_on_grid
 from ..imaging.window import LUNG, Window
@@ -138,7 +138,7 @@ def _patient(path: Path, patients: dict[str, str], case: Case) -> str:
 def _read_patients(path: Path) -> dict[str, str]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return {row["volume"]: row["patient"] for row in csv.DictReader(file)}
+            return {row["volume"]: row["patient"] for row in read_csv(file)}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInputError(path, f"cannot be read: {error}") from error
     except KeyError as error:
