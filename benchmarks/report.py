@@ -37,7 +37,7 @@ def main() -> int:
         return 1 if old else 0
     for document in DOCUMENTS:
         document.write_text(anew(document))
-    for path in sorted([*RESULTS.glob("ops*.json"), *RESULTS.glob("model*.json")]):
+    for path in sorted(path for kind in ("ops", "model", "train") for path in RESULTS.glob(f"{kind}*.json")):
         draw(path, PICTURES / f"{path.stem}.png")
     return 0
 

