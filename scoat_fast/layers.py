@@ -161,6 +161,8 @@ def join(row: Sequence[Tensor], y: Tensor) -> Tensor:
 
 def initialize(module: nn.Module) -> None:
     """Initialises one module as the published network: for ``Module.apply``."""
+    if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return  # there is nothing to draw, for which PyTorch would import its compiler, for seconds
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(module.weight, mode="fan_in")
     elif isinstance(module, nn.BatchNorm2d):

@@ -102,6 +102,13 @@ def test_the_network_needs_no_image_library():
     assert not (HEAVY - {"torch", "numpy"}) & modules_after("import scoat_fast; scoat_fast.SCOATNet(width=3)")
 
 
+def test_loading_weights_leaves_the_compiler_of_pytorch_out():
+    """It takes seconds to import: of the start of every command."""
+    modules_after(
+        "import scoat_fast; scoat_fast.SCOATNet.from_pretrained('scoat-w16'); assert 'torch._dynamo' not in sys.modules"
+    )
+
+
 def test_the_command_line_knows_what_there_is():
     """Its choices are spelled out there, so that asking for help imports nothing."""
     from scoat_fast.ops import ALL
