@@ -171,7 +171,8 @@ class _Free(Stream):
     """Stands in for a stream: answers at once, with the same block in each slice."""
 
     def __init__(self, stream: Stream):
-        self.net, self.device, self.batch_size = stream.net, stream.device, stream.batch_size
+        self.net, self.device, self.engine = stream.net, stream.device, stream.engine
+        self.batch_size = stream.batch_size
 
     def run(
         self, jobs: Iterable[Job], attention: bool = False, progress: Callable[[int], object] = lambda slices: None

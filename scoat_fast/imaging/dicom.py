@@ -103,7 +103,7 @@ class _File(io.BufferedReader):
     """A file for pydicom, which takes a deflated data set all at once and inflates it without a bound."""
 
     def __init__(self, path: Path):
-        super().__init__(io.FileIO(str(path)))
+        super().__init__(path.open("rb", 0))
 
     def read(self, size: int | None = -1) -> bytes:
         """As of any file. Raises BadInputError for the rest of it, where that is a bomb."""
