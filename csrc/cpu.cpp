@@ -26,8 +26,14 @@ T* row_of(const View& view, int64_t n, int64_t c, int64_t h) {
   return static_cast<T*>(view.data) + n * view.n + c * view.c + h * view.h;
 }
 
-// WIDTH neighbouring values, in a register where the CPU has one so wide.
+// WIDTH neighbouring values in a register.
+#if defined(__AVX512F__)
 constexpr int WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;  // wider vectors go through memory
+#else
+constexpr int WIDTH = 4;
+#endif
 using Lanes = float __attribute__((vector_size(WIDTH * sizeof(float))));
 
 template <typename T>
