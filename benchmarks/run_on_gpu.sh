@@ -12,7 +12,8 @@
 #   benchmarks/run_on_gpu.sh weights DATA     trains scoat-w32 at 512x512 (goes on where it was stopped)
 #
 # Each builds the extension first, which needs nvcc, pybind11 and ninja. Results go to $OUT (default: out/gpu).
-# COMMIT names what is measured, where there is no git.
+# COMMIT names what is measured, where there is no git. WHEELS is a folder of wheels to install first, where nothing can be
+# downloaded: pip download --only-binary=:all: --no-deps --python-version 3.12 -d FOLDER nibabel connected-components-3d pydicom
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}
@@ -21,6 +22,7 @@ run=${RUN:-/tmp/scoat-w32}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 commit=${COMMIT:-$(git rev-parse HEAD 2>/dev/null)}
+[ -z "${WHEELS:-}" ] || python3 -m pip install -q --no-index --no-deps "$WHEELS"/*.whl || exit 1
 
 python3 -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || { echo "no CUDA GPU here"; exit 1; }
 SCOAT_FAST_CUDA=1 python3 setup.py -q build_ext --inplace >"$out/build.log" 2>&1 ||
@@ -28,7 +30,9 @@ SCOAT_FAST_CUDA=1 python3 setup.py -q build_ext --inplace >"$out/build.log" 2>&1
 case $part in
   tests)
     python3 -m scoat_fast.cli doctor --device cuda --json "$out/doctor.json"
-    python3 -m pytest --tb=short -p no:cacheprovider 2>&1 | tee "$out/tests.log" | tail -40
+    # a test file whose library is lacking here costs the others nothing
+    timeout -k 10 540 python3 -m pytest -n 8 --dist loadfile --tb=short -p no:cacheprovider \
+      --continue-on-collection-errors 2>&1 | tee "$out/tests.log" | tail -40
     ;;
   sanitize)
     # without the caching allocator, so that every tensor has bounds of its own
