@@ -13,7 +13,7 @@
 #
 # Each builds the extension first, which needs nvcc, pybind11 and ninja. Results go to $OUT (default: out/gpu).
 # COMMIT names what is measured, where there is no git. WHEELS is a folder of wheels to install first, where nothing can be
-# downloaded: pip download --only-binary=:all: --no-deps --python-version 3.12 -d FOLDER nibabel connected-components-3d pydicom
+# downloaded: pip download --only-binary=:all: --no-deps --python-version 3.12 -d FOLDER nibabel pydicom
 set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}

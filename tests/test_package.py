@@ -16,7 +16,7 @@ from scoat_fast import cli
 from scoat_fast.cli import main
 
 ROOT = Path(scoat_fast.__file__).parent
-HEAVY = {"torch", "nibabel", "pydicom", "PIL", "numpy", "safetensors", "triton", "lightning_fabric", "cc3d", "monai"}
+HEAVY = {"torch", "nibabel", "pydicom", "PIL", "numpy", "safetensors", "triton", "lightning_fabric", "monai"}
 # what each part may import of the package: data flows one way
 MAY_IMPORT = {
     "errors": set(),

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from ..errors import ScoatFastError
+from ..imaging.regions import regions
 from .lungs import LEFT, RIGHT
 
 # HU of ground glass; what is denser is consolidation, what is darker is neither
@@ -75,9 +76,10 @@ def check_min_mm3(min_mm3: float) -> None:
 
 def remove_small(mask: np.ndarray, voxel_mm3: float, min_mm3: float) -> np.ndarray:
     """The mask [slices, H, W] without connected regions (over faces, edges and corners) below ``min_mm3``."""
-    import cc3d
-
     fewest = math.ceil(min_mm3 / voxel_mm3 - 1e-9)
     if fewest <= 1:
         return mask
-    return cc3d.dust(mask.astype(np.uint8), threshold=fewest, connectivity=26).astype(mask.dtype)
+    labels, _ = regions(mask, 26)
+    kept = np.bincount(labels.ravel()) >= fewest
+    kept[0] = False
+    return kept[labels].astype(mask.dtype)
