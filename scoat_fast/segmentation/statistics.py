@@ -79,7 +79,8 @@ def remove_small(mask: np.ndarray, voxel_mm3: float, min_mm3: float) -> np.ndarr
     fewest = math.ceil(min_mm3 / voxel_mm3 - 1e-9)
     if fewest <= 1:
         return mask
-    labels, _ = regions(mask, 26)
-    kept = np.bincount(labels.ravel()) >= fewest
-    kept[0] = False
-    return kept[labels].astype(mask.dtype)
+    marked = mask != 0
+    label = regions(mask, 26)[0][marked]
+    kept = np.zeros_like(mask)
+    kept[marked] = np.bincount(label)[label] >= fewest
+    return kept
