@@ -95,11 +95,12 @@ def test_hopper_multiplies_from_shared_memory(compiled, float8, instruction):
 
 
 def test_float8_saturates(compiled):
-    """What is too large becomes the largest number, not NaN."""
+    """What is too large becomes the largest number, not NaN; Triton 3.6 goes by way of float16 on sm_89."""
     found = [each for each in of(compiled, 89, 90, float8=True) if each["kernel"] == "convolve"]
     for each in found:
         wide = each["step"].endswith("-> x0_4[0:32]")  # in bfloat16
-        assert each["conversions"] == ([] if wide else ["cvt.rn.satfinite.e4m3x2.f32"]), each
+        assert bool(each["conversions"]) != wide, each
+        assert all(name.startswith("cvt.rn.satfinite.e4m3x2.") for name in each["conversions"]), each
 
 
 def test_older_cards_multiply_with_tensor_cores(compiled):
@@ -170,7 +171,7 @@ def measure(launch, capability: int, what: str) -> dict:
     kernel = triton.compile(made, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
     found = {"kernel": kernel.metadata.name, "capability": capability, "step": what, "warps": launch.warps}
     left = re.findall(r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*(\S)", kernel.asm["ptx"])  # "{" where it is in registers
-    conversions = sorted(set(re.findall(r"cvt\.\S*e4m3x2\.f32", kernel.asm["ptx"])))
+    conversions = sorted(set(re.findall(r"cvt\.\S*e4m3x2\.\w+", kernel.asm["ptx"])))
     found |= {"float8": "fp8e4nv" in str(made.signature), "conversions": conversions}
     found |= {"shared": kernel.metadata.shared, "products": len(left), "from_registers": left.count("{")}
     return found | disassembly(kernel.asm["cubin"], with_instructions=capability in (80, 90))
