@@ -120,9 +120,8 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[dict]) ->
     """
     lines: list[str] = []
     keep = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
-    table = csv.DictWriter(
-        keep, columns, lineterminator="\r\n"
-    )  # or before Python 3.13 a CR in text would not be quoted
+    # before Python 3.13 a CR in text is quoted only where lines end in one
+    table = csv.DictWriter(keep, columns, lineterminator="\r\n")
     table.writeheader()
     table.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
     write_text(path, "".join(lines))

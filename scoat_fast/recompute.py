@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_local = threading.local()  # .recipes: by storage, a weak reference to the result and its recipe
+_local = threading.local()  # .recipes: by the place of their results
 
 
 def recomputing() -> contextlib.AbstractContextManager:
@@ -48,16 +48,15 @@ def forget(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tens
     if not torch.compiler.is_compiling():
         recipes = getattr(_local, "recipes", None)
         if recipes is not None:
-            recipe = _Recipe(make, [_kept(each) for each in inputs], result.device.type)
-            recipes[_place(result)] = weakref.ref(result), recipe
+            recipes[_place(result)] = _Recipe(make, [_kept(each) for each in inputs], result)
     return result
 
 
 def _kept(tensor: Tensor) -> _Kept | _Recipe:
     """What stands for a tensor until the backward pass."""
-    result, recipe = _local.recipes.get(_place(tensor), (lambda: None, None))
+    recipe = _local.recipes.get(_place(tensor))
     # memory is used again: what lies there is the result only while that lives
-    if result() is None or recipe is None:
+    if recipe is None or recipe.result() is None:
         return _Kept(tensor)
     recipe.uses += 1
     return recipe
@@ -86,8 +85,9 @@ class _Kept:
 class _Recipe:
     """A tensor that is made when it is first needed, and let go when it was needed as often as it was kept."""
 
-    def __init__(self, make: Callable[..., Tensor], inputs: list[_Kept | _Recipe], device: str):
-        self.make, self.inputs, self.uses, self.used = make, inputs, 0, 0
+    def __init__(self, make: Callable[..., Tensor], inputs: list[_Kept | _Recipe], result: Tensor):
+        self.make, self.inputs, self.result, self.uses, self.used = make, inputs, weakref.ref(result), 0, 0
+        device = result.device.type
         self.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self.value: Tensor | None = None
 

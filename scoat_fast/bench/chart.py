@@ -57,13 +57,9 @@ def table(results: str | Path) -> str:
     if _is_train(result):
         lines = ["| | width, size, batch | ms a step | images/s | x eager | peak MiB |", "|---|---|---|---|---|---|"]
         for row in _timed(result):
-            numbers = [
-                f"{row['ms_per_step']:.4g}",
-                f"{row['images_per_s']:.3g}",
-                _or_empty(row["ratio_to_eager"], ".2f"),
-            ]
-            cells = [row["name"], _where_run(row), *numbers, f"{row['peak_mib']:.0f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            cells = [row["name"], _setting(row), f"{row['ms_per_step']:.4g}", f"{row['images_per_s']:.3g}"]
+            cells += [_or_empty(row["ratio_to_eager"], ".2f"), f"{row['peak_mib']:.0f}"]
+            lines.append(_line(cells))
         return "\n".join(lines)
     if not _is_model(result):
         raise BadInputError(results, "wanted results of scoat-fast bench model, train or cohort")
@@ -71,13 +67,17 @@ def table(results: str | Path) -> str:
     lines.append("|---|---|---|---|---|---|---|")
     for row in _timed(result):
         us, ratio = row["us_per_slice"], _times_faster(result, row)
-        cells = [row["name"], _where_run(row), f"{us / 1000:.4g}", f"{1e6 / us:.3g}", _or_empty(ratio, ".2f")]
+        cells = [row["name"], _setting(row), f"{us / 1000:.4g}", f"{1e6 / us:.3g}", _or_empty(ratio, ".2f")]
         cells += [_or_empty(row["percent_of_floor"], ".0f"), _or_empty(row["peak_mib"], ".0f")]
-        lines.append("|" + "".join(f" {cell} |" if cell else " |" for cell in cells))
+        lines.append(_line(cells))
     return "\n".join(lines)
 
 
-def _where_run(row: dict) -> str:
+def _line(cells: list[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
+def _setting(row: dict) -> str:
     return f"{row['width']}, {row['size']}x{row['size']}, {row['batch']}"
 
 

@@ -20,6 +20,7 @@ from ..engine.runner import MASK_DICE, ORDER, dice
 from ..model import SCOATNet
 from .contenders import HALVES, Contender, baseline_of, contenders, engine_for
 from .machine import facts, save
+from .memory import peak_bytes
 
 FLOAT8_DICE = 0.75  # with the exact mask of noise, whose logits are mostly near the threshold; chance is 0.5
 
@@ -104,7 +105,7 @@ def measure(contender: Contender, net: SCOATNet, x: Tensor, exact: Tensor, secon
             if row["reason"] is not None:
                 return row
             if x.is_cuda:
-                row["peak_mib"] = _peak(call, x.device) / 2**20
+                row["peak_mib"] = peak_bytes(call, x.device) / 2**20
             row["us_per_slice"] = median_ms(call, x.device, seconds) * 1000 / len(x)
     except Exception as failure:  # out of memory, say: the other rows keep their numbers
         row["reason"] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
@@ -129,20 +130,6 @@ def wrong(
         if not overlap >= MASK_DICE:
             return f"the Dice of its mask with its own logits is {overlap:.4f}, wanted is {MASK_DICE}"
     return None
-
-
-def _peak(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call takes at most, the network's weights and its input among them.
-
-    What the graphs of a contender keep for themselves counts as a whole: replays allocate nothing.
-    """
-    with torch.cuda.device(device):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        graphs = [segment for segment in torch.cuda.memory_snapshot() if segment["segment_pool_id"] != (0, 0)]
-        return torch.cuda.max_memory_allocated() + sum(s["total_size"] - s["allocated_size"] for s in graphs)
 
 
 def step_rows(

@@ -7,8 +7,6 @@ and its curve of losses against that of the first row before it is timed; one th
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from ..model import SCOATNet
 from ..train.losses import hybrid_loss
 from .contenders import baseline_of
 from .machine import facts, save
+from .memory import peak_bytes
 
 # of the norm of all gradients: a pixel on the edge of ReLU may fall to its other side, and bfloat16 has 8 bits
 BOUND = {torch.float32: 5e-2, torch.bfloat16: 0.5}
@@ -131,7 +130,7 @@ def measure(
             if not row["curve_gap"] <= CURVE_BOUND:
                 row["reason"] = f"its losses lie {row['curve_gap']:.1e} from eager's, allowed is {CURVE_BOUND:g}"
                 return row
-        row["peak_mib"] = _peak_bytes(lambda: step(*batches[0]), images.device) / 2**20
+        row["peak_mib"] = peak_bytes(lambda: step(*batches[0]), images.device) / 2**20
         row["ms_per_step"] = median_ms(lambda: step(*batches[0], wait=False), images.device, seconds)
         row["images_per_s"] = 1000 * batch / row["ms_per_step"]
     except Exception as failure:  # out of memory, say: the other rows keep their numbers
@@ -187,19 +186,6 @@ def _prepared(trainee: Trainee, start: SCOATNet, device: torch.device) -> tuple[
         return loss.item() if wait else None
 
     return net, step
-
-
-def _peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most memory that PyTorch's allocator has given out at once during a call."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes a line when it starts and one at its end
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def _gradient(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:

@@ -45,9 +45,7 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
     return -(-(-(-height // 4) * -(-width // 4)) // _tiles(step))
 
 
-def rows(step: Convolve) -> int:
-    """How many rows of weights a recalibrated step wants for each slice: none, as features are scaled here."""
-    return 0
+rows = reference.rows  # features are scaled here, too
 
 
 def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:

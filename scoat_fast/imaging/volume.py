@@ -141,9 +141,8 @@ def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
         raise BadInputError(path, f"not in Hounsfield units of a chest: no tissue above {TISSUE:g} HU; {found}")
     if high > HIGHEST and np.count_nonzero(slices > HIGHEST) > least:
         raise BadInputError(path, f"not in Hounsfield units: many voxels above {HIGHEST:g}; {found}")
-    dense = np.count_nonzero(slices > DENSE) / np.count_nonzero(
-        slices > AIR
-    )  # padding that was interpolated passes for air all the same
+    # padding that was interpolated passes for air all the same
+    dense = np.count_nonzero(slices > DENSE) / np.count_nonzero(slices > AIR)
     if dense > MOSTLY:
         raise BadInputError(
             path,
