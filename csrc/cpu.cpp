@@ -7,6 +7,7 @@
 #endif
 
 #include "kernels.h"
+#include "lanes.h"
 #include "resample.h"
 
 namespace scoat {
@@ -26,26 +27,16 @@ T* row_of(const View& view, int64_t n, int64_t c, int64_t h) {
   return static_cast<T*>(view.data) + n * view.n + c * view.c + h * view.h;
 }
 
-// WIDTH neighbouring values in a register.
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16;
-#elif defined(__AVX__)
-constexpr int WIDTH = 8;  // wider vectors go through memory
-#else
-constexpr int WIDTH = 4;
-#endif
-using Lanes = float __attribute__((vector_size(WIDTH * sizeof(float))));
-
 template <typename T>
 inline void load(const T* __restrict from, Lanes& lanes) {
-  float values[WIDTH];
-  for (int i = 0; i < WIDTH; ++i) values[i] = to_float(from[i]);
+  float values[LANES];
+  for (int i = 0; i < LANES; ++i) values[i] = to_float(from[i]);
   memcpy(&lanes, values, sizeof lanes);
 }
 
 template <typename T>
 inline void store(const Lanes& lanes, T* __restrict to) {
-  for (int i = 0; i < WIDTH; ++i) to[i] = from_float<T>(lanes[i]);
+  for (int i = 0; i < LANES; ++i) to[i] = from_float<T>(lanes[i]);
 }
 
 // The sums of channel c over tile `tile` go here.
@@ -288,7 +279,7 @@ struct Taps {
   float total = 0;  // of the weights: what a constant adds
 };
 
-// GROUPS * WIDTH channels of one input; the compiler keeps the sums in registers.
+// GROUPS * LANES channels of one input; the compiler keeps the sums in registers.
 template <int GROUPS, typename T>
 inline void gather_channels(const Taps<T>& taps, const float* shift, int64_t first, T* __restrict dy) {
   Lanes sum[GROUPS], value;
@@ -296,19 +287,19 @@ inline void gather_channels(const Taps<T>& taps, const float* shift, int64_t fir
   for (int g = 0; g < GROUPS; ++g) {
     sum[g] = Lanes{};
     if (shift) {
-      load(shift + first + g * WIDTH, value);
+      load(shift + first + g * LANES, value);
       sum[g] = taps.total * value;
     }
   }
   for (int t = 0; t < taps.count; ++t) {
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; ++g) {
-      load(taps.data[t] + first + g * WIDTH, value);
+      load(taps.data[t] + first + g * LANES, value);
       sum[g] += taps.weight[t] * value;
     }
   }
 #pragma GCC unroll 4
-  for (int g = 0; g < GROUPS; ++g) store(sum[g], dy + first + g * WIDTH);
+  for (int g = 0; g < GROUPS; ++g) store(sum[g], dy + first + g * LANES);
 }
 
 template <typename T>
@@ -340,8 +331,8 @@ void up_backward_channels_last(const Arguments& a, int threads) {
         }
       T* dy = row_of<T>(a.out, in, 0, ky) + kx * a.out.w;
       int64_t first = 0;
-      for (; first + 4 * WIDTH <= c; first += 4 * WIDTH) gather_channels<4>(taps, shift, first, dy);
-      for (; first + WIDTH <= c; first += WIDTH) gather_channels<1>(taps, shift, first, dy);
+      for (; first + 4 * LANES <= c; first += 4 * LANES) gather_channels<4>(taps, shift, first, dy);
+      for (; first + LANES <= c; first += LANES) gather_channels<1>(taps, shift, first, dy);
       for (; first < c; ++first) gather_channel(taps, shift, first, dy);
     }
   }

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "engine.h"
+#include "lanes.h"
 #include "resample.h"
 
 namespace scoat {
@@ -19,18 +20,14 @@ namespace SCOAT_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 12;  // 24 of 32 registers are sums
-#elif defined(__AVX2__)
-constexpr int LANES = 8, ROWS = 6;  // 12 of 16
+constexpr int ROWS = 12;  // 24 of 32 registers are sums
 #else
-constexpr int LANES = 4, ROWS = 6;
+constexpr int ROWS = 6;  // 12 of 16
 #endif
 constexpr int PANEL = 2 * LANES;
 constexpr int DEPTH = 64;  // input channels at once, and the step between rows of the left matrix
 constexpr int POINTS = 36;
 constexpr int PIXELS = 4 * ROWS;  // that a 1x1 convolution takes at once
-
-using Lanes = float __attribute__((vector_size(LANES * sizeof(float))));
 
 inline Lanes load(const float* from) {
   Lanes lanes;
