@@ -33,6 +33,7 @@ ISA_FLAGS = {
     "base": "",
 }
 CUDA_ARCHITECTURES = ("80", "90")  # machine code for these, and PTX of the last for newer ones
+HOPPER_TARGETS = ["-gencode=arch=compute_90a,code=sm_90a"]  # whose tensor cores need code of their own
 
 
 class Refused(Exception):
@@ -84,17 +85,19 @@ def compiles(compiler: str, flags: list[str], suffix: str = ".cpp") -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def nvcc_flags(compiler: str) -> list[str]:
+def cuda_targets() -> list[str]:
     newest = CUDA_ARCHITECTURES[-1]
     targets = [(cc, f"sm_{cc}") for cc in CUDA_ARCHITECTURES] + [(newest, f"compute_{newest}")]
-    return ["-std=c++17", "-O3", "-ccbin", compiler, "-Xcompiler=-fPIC,-fvisibility=hidden"] + [
-        f"-gencode=arch=compute_{cc},code={code}" for cc, code in targets
-    ]
+    return [f"-gencode=arch=compute_{cc},code={code}" for cc, code in targets]
+
+
+def nvcc_flags(compiler: str) -> list[str]:
+    return ["-std=c++17", "-O3", "-ccbin", compiler, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 def plan() -> tuple[dict, str | None, str | None]:
     """What is built: the report for ``_build.json``, the C++ compiler and nvcc, None for what is left out."""
-    report: dict = {"extension": None, "cuda": None, "openmp": False}
+    report: dict = {"extension": None, "cuda": None, "hopper": False, "openmp": False}
     try:
         compiler = find_compiler()
         if not compiles(compiler, CXX_FLAGS):
@@ -110,17 +113,20 @@ def plan() -> tuple[dict, str | None, str | None]:
     report["openmp"] = compiles(compiler, [*CXX_FLAGS, "-fopenmp"])
     try:
         nvcc = find_nvcc()
-        if not compiles(nvcc, nvcc_flags(compiler), ".cu"):  # too old for the targets, or for the C++ compiler
+        if not compiles(
+            nvcc, [*nvcc_flags(compiler), *cuda_targets()], ".cu"
+        ):  # too old for the targets, or for the C++ compiler
             raise Refused(f"{nvcc} could not compile a small program for {CUDA_ARCHITECTURES} when it was built")
     except Refused as reason:
         if wanted("SCOAT_FAST_CUDA") == "1":
             raise SystemExit(f"SCOAT_FAST_CUDA=1, but {reason}") from None
         return report | {"why_no_cuda": str(reason)}, compiler, None
     report["cuda"] = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    report["hopper"] = compiles(nvcc, [*nvcc_flags(compiler), *HOPPER_TARGETS], ".cu")  # not before CUDA 12
     return report, compiler, nvcc
 
 
-def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, openmp: bool) -> str:
+def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, openmp: bool, hopper: bool) -> str:
     """The text of build.ninja."""
     import pybind11
 
@@ -128,7 +134,7 @@ def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, open
     flags = [*CXX_FLAGS, "-ffp-contract=fast", f"-I{SOURCES}"]
     flags += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     flags += ["-fopenmp"] if openmp else ["-fopenmp-simd"]
-    flags += ["-DSCOAT_X86"] * x86 + ["-DSCOAT_CUDA"] * bool(nvcc)
+    flags += ["-DSCOAT_X86"] * x86 + ["-DSCOAT_CUDA"] * bool(nvcc) + ["-DSCOAT_HOPPER"] * hopper
     lines = [
         f"cxx = {argument(compiler)}",
         f"flags = {' '.join(map(argument, flags))}",
@@ -153,14 +159,19 @@ def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, open
     if platform.system() == "Darwin":
         link += ["-undefined", "dynamic_lookup"]
     if nvcc:
-        options = map(argument, nvcc_flags(compiler))
-        lines += [
-            "rule nvcc",
-            f"  command = {argument(nvcc)} -MD -MF $out.d {' '.join(options)} -I{argument(SOURCES)} -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
-        build("nvcc", "cuda.cu", "cuda.o")
+        options = " ".join(map(argument, nvcc_flags(compiler)))
+        command = f"{argument(nvcc)} -MD -MF $out.d {options} $extra -I{argument(SOURCES)} -c $in -o $out"
+        # ptxas only informs where it makes products wait for each other (C75xx, but for C7519, which is harmless)
+        checked = (
+            "2> $out.log; code=$$?; cat $out.log >&2; [ $$code = 0 ] && ! grep '(C75' $out.log | grep -qv '(C7519)'"
+        )
+        for rule, tail in (("nvcc", ""), ("nvcc_hopper", f" {checked}")):
+            lines += [f"rule {rule}", f"  command = {command}{tail}", "  depfile = $out.d", "  deps = gcc"]
+        for kind in ("Half", "BFloat") if hopper else ():  # the longest first
+            build("nvcc_hopper", "hopper.cu", f"hopper_{kind}.o", " ".join([f"-DSCOAT_TYPE={kind}", *HOPPER_TARGETS]))
+        if hopper:
+            build("cxx", "hopper_bindings.cpp", "hopper_bindings.o")
+        build("nvcc", "cuda.cu", "cuda.o", " ".join(cuda_targets()))
         home = Path(nvcc).resolve().parent.parent
         homes = [home, Path("/usr/local/cuda"), *(Path(os.environ[n]) for n in ("CUDA_HOME",) if n in os.environ)]
         folders = [h / lib for h in homes for lib in ("lib64", "lib", "targets/x86_64-linux/lib") if (h / lib).is_dir()]
@@ -195,7 +206,9 @@ class BuildExtension(build_ext):
             self.extensions = []  # nothing to copy
             target.unlink(missing_ok=True)  # of an earlier build
         else:
-            (folder / "build.ninja").write_text(ninja_file(folder, target, compiler, nvcc, report["openmp"]))
+            (folder / "build.ninja").write_text(
+                ninja_file(folder, target, compiler, nvcc, report["openmp"], report["hopper"])
+            )
             subprocess.run([*ninja(), "-C", str(folder)], check=True)
         (target.parent / "_build.json").write_text(json.dumps(report, indent=2) + "\n")
 

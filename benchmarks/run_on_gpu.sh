@@ -3,6 +3,7 @@
 #
 #   benchmarks/run_on_gpu.sh tests            scoat-fast doctor and the test suite, on the GPU where a test can use it
 #   benchmarks/run_on_gpu.sh sanitize         the kernels under compute-sanitizer
+#   benchmarks/run_on_gpu.sh hopper           the convolutions for Hopper: their tests, and both ways to lie in shared memory
 #   benchmarks/run_on_gpu.sh model            forward pass: the engine, its single steps, and eager
 #   benchmarks/run_on_gpu.sh compiled [WIDTH] forward pass: the engine, eager and torch.compile (default: 32)
 #   benchmarks/run_on_gpu.sh tune             the engine with tiles tuned on this GPU, which are printed
@@ -41,6 +42,26 @@ case $part in
         python3 benchmarks/sanitize.py >"$out/$tool.log" 2>&1
       echo "$tool: exit code $?, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log" | tail -1)"
     done
+    ;;
+  hopper)
+    timeout -k 10 200 python3 -m pytest --tb=short -p no:cacheprovider tests/test_engine_hopper.py -k "gpu or machine" 2>&1 |
+      tee "$out/hopper_tests.log" | tail -30
+    for planes in False True; do
+      timeout -k 10 120 python3 -c "
+import sys
+from scoat_fast import cli
+from scoat_fast.engine import sm90a
+sm90a.planes = $planes
+sys.exit(cli.main(sys.argv[1:]))" bench model --width 32 --batch 32 --seconds 0.5 --details \
+        --commit "$commit" -o "$out/hopper_planes_$planes.json" >"$out/hopper_planes_$planes.log" 2>&1
+      grep -E 'engine (triton|sm90a) b|no time' "$out/hopper_planes_$planes.log"
+    done
+    # what limits the kernels, where counters may be read
+    ! command -v ncu >/dev/null || timeout -k 10 120 ncu --section SpeedOfLight --section WarpStateStats \
+      -k regex:convolve_tiles -c 20 python3 -c "
+import scoat_fast, torch
+net = scoat_fast.SCOATNet().cuda()
+scoat_fast.compile(net, backend='sm90a', batch_sizes=(8,))(torch.rand(8, 1, 512, 512, device='cuda'))" >"$out/ncu.log" 2>&1
     ;;
   model)
     timeout -k 10 570 python3 -m scoat_fast.cli bench model --width 32 64 --batch 32 8 1 --seconds 1 --details \
@@ -93,7 +114,7 @@ case $part in
     tail -3 "$out/metrics.csv"
     ;;
   *)
-    sed -n '2,16p' "$0"
+    sed -n '2,17p' "$0"
     exit 2
     ;;
 esac

@@ -12,11 +12,11 @@ import torch
 
 import scoat_fast
 from scoat_fast import ops
-from scoat_fast.bench.contenders import BOUND, engine_for
+from scoat_fast.bench.contenders import BOUND, engine_for, gpu_backends
 from scoat_fast.engine.layout import FLOAT8, has_float8
 from scoat_fast.ops import parity
 
-FORMS = ({"width": 8}, {"width": 3, "equations": "paper"}, {"width": 64})
+FORMS = ({"width": 8}, {"width": 3, "equations": "paper"}, {"width": 32}, {"width": 64})
 
 
 def main() -> int:
@@ -37,10 +37,11 @@ def main() -> int:
         torch.manual_seed(0)
         net, x = scoat_fast.SCOATNet(**form).eval().cuda(), torch.rand(2, 1, 48, 80, device="cuda")
         for dtype in (torch.float32, torch.bfloat16, *((FLOAT8,) if has_float8(x.device) else ())):
-            found = engine_for(net, x, "triton", dtype).parity(x)
-            if not found.relative < BOUND[dtype]:
-                failures += 1
-                print(f"engine {form} {dtype}: {found}")
+            for backend in gpu_backends(x.device, dtype):
+                found = engine_for(net, x, backend, dtype).parity(x)
+                if not found.relative < BOUND[dtype]:
+                    failures += 1
+                    print(f"engine {backend} {form} {dtype}: {found}")
     torch.cuda.synchronize()
     print(f"{failures} failures")
     return min(failures, 1)

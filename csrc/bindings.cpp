@@ -1,4 +1,5 @@
-// The kernels as Python functions on raw addresses. The only file that knows Python; none knows torch.
+// The kernels as Python functions on raw addresses. Only this file and hopper_bindings.cpp know Python; none knows
+// torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,6 +13,12 @@
 
 namespace py = pybind11;
 using namespace scoat;
+
+#ifdef SCOAT_HOPPER
+namespace scoat::hopper {
+void define(py::module_& module);
+}
+#endif
 
 namespace {
 
@@ -156,5 +163,8 @@ PYBIND11_MODULE(_C, module) {
   });
   SCOAT_KERNELS(SCOAT_DEFINE)
 #undef SCOAT_DEFINE
+#endif
+#ifdef SCOAT_HOPPER
+  hopper::define(module);
 #endif
 }

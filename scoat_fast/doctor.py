@@ -178,7 +178,8 @@ def report(facts: dict, findings: list[Finding], device: str) -> str:
         f"GPU   {facts['gpu'] or 'none'}" + (f", driver {facts['driver']}" if facts["driver"] else ""),
         f"CPU   {facts['cpu']}",
         f"C++   {build.get('extension') or 'not built: ' + build['why_no_extension']}",
-        f"CUDA  {build.get('cuda') or 'not built: ' + build['why_no_cuda']}",
+        f"CUDA  {build.get('cuda') or 'not built: ' + build['why_no_cuda']}"
+        + ("" if build.get("hopper") or not build.get("cuda") else ", without the code for Hopper: nvcc is too old"),
         "",
         f"{'operation':14}{'kernels':10}{'float32':>10}{'float16':>10}{'bfloat16':>10}   largest error against float64",
     ]

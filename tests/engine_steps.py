@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +43,20 @@ class Outcome:
         return ours, stock, self.exact.abs().max().item()
 
 
-def run_steps(net: SCOATNet, backend: str, dtype: torch.dtype, shape: tuple[int, int, int], **options) -> list[Outcome]:
-    """Runs every step of a network's plan by itself, for ``shape`` [N, H, W], in memory full of NaN."""
+def run_steps(
+    net: SCOATNet,
+    backend: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    wanted: Callable[[plan.Step], bool] = lambda step: True,
+    device: str = "cpu",
+    **options,
+) -> list[Outcome]:
+    """Runs every wanted step of a network's plan by itself, for ``shape`` [N, H, W], in memory full of NaN."""
     module = importlib.import_module(f"scoat_fast.engine.{backend}")
     whole, weights = plan.build(net, **options), pack.pack(net)
     torch.manual_seed(5)
-    exact = _allocate(whole, reference, shape, torch.float64)
+    exact = _allocate(whole, reference, shape, torch.float64, device)
     exact["input"].uniform_()
     if "threshold" in exact:
         exact["threshold"].fill_(0.1)
@@ -55,13 +64,13 @@ def run_steps(net: SCOATNet, backend: str, dtype: torch.dtype, shape: tuple[int,
     for step in whole.steps:
         results = {}
         before = {name: x.clone() for name, x in exact.items()}
-        for name, runner in (("ours", module), ("stock", reference)):
-            tensors = _allocate(whole, runner, shape, dtype)
+        for name, runner in (("ours", module), ("stock", reference)) if wanted(step) else ():
+            tensors = _allocate(whole, runner, shape, dtype, device)
             for used in plan.reads(step):
                 _put(view_of(whole, tensors)(used), view_of(whole, before)(used))
             results[name] = _run(runner, step, whole, weights, tensors, shape, dtype)
         results["exact"] = _run(reference, step, whole, weights, exact, shape, torch.float64)
-        for used in plan.writes(step):
+        for used in plan.writes(step) if wanted(step) else ():
             found = {name: view_of(whole, tensors)(used) for name, tensors in results.items()}
             if whole.buffers[used.buffer].kind == "sums":  # their parts are a backend's own
                 found = {name: x.double().sum(1) for name, x in found.items()}
@@ -70,7 +79,7 @@ def run_steps(net: SCOATNet, backend: str, dtype: torch.dtype, shape: tuple[int,
 
 
 def _run(module, step, whole, weights, tensors, shape, dtype) -> dict[str, Tensor]:
-    device = torch.device("cpu")
+    device = tensors["input"].device
     ready = module.prepare(step, weights, device, step_dtype(whole, step, dtype))
     with torch.no_grad():
         module.bind(step, ready, view_of(whole, tensors), (shape[1] >> step.level) * (shape[2] >> step.level))()
@@ -86,8 +95,8 @@ def _put(to: Tensor, value: Tensor) -> None:
         to.copy_(value)
 
 
-def _allocate(whole: plan.Plan, backend, shape, dtype) -> dict[str, Tensor]:
+def _allocate(whole: plan.Plan, backend, shape, dtype, device) -> dict[str, Tensor]:
     """Every buffer by itself, full of NaN: of 255 where it has none."""
-    places = lay_out(whole, backend, *shape, torch.device("cpu"), dtype).places
-    return {name: torch.full(size, 255 if kind == torch.uint8 else torch.nan, dtype=kind)
+    places = lay_out(whole, backend, *shape, torch.device(device), dtype).places
+    return {name: torch.full(size, 255 if kind == torch.uint8 else torch.nan, dtype=kind, device=device)
             for name, (_, size, kind) in places.items()}  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.layout import FLOAT8, has_float8
-from ..engine.runner import ORDER, Engine
+from ..engine.runner import Engine
 from ..engine.runner import compile as compile_network
 from ..model import SCOATNet
 from .eager import EagerSCOATNet
@@ -45,9 +45,9 @@ class Contender:
 def contenders(device: torch.device, compile: bool, autotune: bool = False) -> Iterator[Contender]:
     """What is compared on a device: the engine first, and last what takes minutes, left out without ``compile``."""
     single, contiguous, last = torch.float32, torch.contiguous_format, torch.channels_last
-    for backend in ORDER[device.type]:
-        eight = (FLOAT8,) if backend == "triton" and has_float8(device) else ()
-        for dtype in (*HALVES, single, *eight) if device.type == "cuda" else (single,):
+    for dtype in (*HALVES, single, *((FLOAT8,) if has_float8(device) else ())) if device.type == "cuda" else (single,):
+        reference = () if dtype == FLOAT8 else ("reference",)
+        for backend in (*(gpu_backends(device, dtype) if device.type == "cuda" else ("cpu",)), *reference):
             yield Contender(f"engine {backend} {str(dtype)[6:]}", dtype, _engine(backend, dtype))
     if autotune:
         yield Contender("engine triton bfloat16 autotuned", torch.bfloat16, _engine("triton", torch.bfloat16, True))
@@ -67,6 +67,12 @@ def contenders(device: torch.device, compile: bool, autotune: bool = False) -> I
             yield Contender("ONNX Runtime float32", single, _onnx_runtime)
         if compile:
             yield Contender("compile float32", single, _stock(single, contiguous, "default"))
+
+
+def gpu_backends(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The engine's own on a GPU. That for Hopper is left out where its dtype or the GPU is another."""
+    hopper = dtype in HALVES and torch.cuda.get_device_capability(device) == (9, 0)
+    return ("triton", "sm90a") if hopper else ("triton",)
 
 
 def baseline_of(net: SCOATNet) -> EagerSCOATNet:

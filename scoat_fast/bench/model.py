@@ -16,9 +16,9 @@ from torch import Tensor
 from ..clock import copy_gb_per_s, matrix_tflop_per_s, median_ms
 from ..engine.layout import FLOAT8, has_float8
 from ..engine.plan import Convolve, build, cost, summary
-from ..engine.runner import MASK_DICE, ORDER, dice
+from ..engine.runner import MASK_DICE, dice
 from ..model import SCOATNet
-from .contenders import HALVES, Contender, baseline_of, contenders, engine_for
+from .contenders import HALVES, Contender, baseline_of, contenders, engine_for, gpu_backends
 from .machine import facts, save
 from .memory import peak_bytes
 
@@ -80,8 +80,10 @@ def run(
                 keep("rows", row, line(row))
         if details:
             given, dtype = x.to(device), torch.bfloat16 if device.type == "cuda" else torch.float32
-            for row in step_rows(net, given, dtype, seconds / 10, _rates(result, str(dtype)[6:])):
-                keep("steps", row, f"{_rate(row)}{row['percent_of_floor']:6.0f} % of the floor")
+            for backend in gpu_backends(device, dtype) if device.type == "cuda" else ("cpu",):
+                print(f"the steps of engine {backend}")
+                for row in step_rows(net, given, backend, dtype, seconds / 10, _rates(result, str(dtype)[6:])):
+                    keep("steps", row, f"{_rate(row)}{row['percent_of_floor']:6.0f} % of the floor")
             for row in convolution_rows(net, given, dtype, seconds / 10):
                 keep("convolutions", row, _rate(row))
     return result
@@ -133,19 +135,19 @@ def wrong(
 
 
 def step_rows(
-    net: SCOATNet, x: Tensor, dtype: torch.dtype, seconds: float, rates: tuple[float, float]
+    net: SCOATNet, x: Tensor, backend: str, dtype: torch.dtype, seconds: float, rates: tuple[float, float]
 ) -> Iterator[dict]:
-    """Every step of the engine's fastest backend by itself: in a network it may find its input in a cache.
+    """Every step of one of the engine's backends by itself: in a network it may find its input in a cache.
 
     ``rates`` are bytes and operations a second, for the floors.
     """
-    engine = engine_for(net, x, next(iter(ORDER[x.device.type])), dtype)
+    engine = engine_for(net, x, backend, dtype)
     engine(x)
     for step, call in engine.calls(len(x)):
         spent = median_ms(call, x.device, seconds) * 1000 / len(x)
         found = cost(engine.plan, step, len(x), *engine.padded_size, dtype.itemsize)
         floor = found.seconds(*rates) * 1e6 / len(x)
-        row = _detail(net.width, x, dtype, summary(step), spent)
+        row = _detail(net.width, x, dtype, summary(step), spent) | {"backend": backend, "kernel": engine.kernel(step)}
         row |= {"gflop_per_s": found.flops / len(x) / spent / 1e3, "gb_per_s": found.bytes / len(x) / spent / 1e3}
         yield row | {"floor_us": floor, "percent_of_floor": 100 * floor / spent}
 

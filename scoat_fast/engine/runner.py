@@ -28,7 +28,7 @@ from .plan import Plan, Step
 from .tune import Tiles, tune, using
 
 ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "sm90a")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, FLOAT8)
 # Made anew by a compiler on every machine: an engine that chooses one of these by itself checks it first.
 CHECKED = ("triton",)
@@ -80,8 +80,9 @@ def compile(
         dtype: float64, float32, float16, bfloat16 or float8_e4m3fn; by default bfloat16 on GPUs that have it (float16
             on older ones), float32 elsewhere. All sums are in float32, or float64. With float8 the input, the last
             features and the attention maps are bfloat16.
-        backend: "triton", "cpu" or "reference"; by default the fastest that runs here, and on a GPU only after its
-            logits for one slice were found near those of "reference".
+        backend: "triton", "sm90a", "cpu" or "reference"; by default the fastest that runs here, and on a GPU only
+            after its logits for one slice were found near those of "reference". "sm90a", whose convolutions are of
+            Hopper alone, runs where it is asked for: it has not been measured yet.
         batch_sizes: how many slices run at once. A batch of another size is cut into these, with little padding.
             By default 1, 8 and 32 on a GPU, 1 on a CPU.
         size: height and width for which everything is prepared, so that the first batch is fast; by default what the

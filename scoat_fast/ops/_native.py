@@ -11,20 +11,20 @@ from torch import Tensor
 from .. import _C  # an ImportError here is the reason that is printed
 from ._layout import is_channels_last, why_no_kernel
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def why_not(main: Tensor, others: Iterable[Tensor | None] = ()) -> str | None:
     """Why the kernels cannot run on these tensors, which are read in the layout of ``main``."""
     if main.is_cuda:
-        reason = _why_no_cuda(main.device.index)
+        reason = why_no_cuda(main.device.index)
         if reason is not None:
             return reason
     return why_no_kernel([main, *(x for x in others if x is not None)], is_channels_last(main))
 
 
 @functools.cache
-def _why_no_cuda(device: int) -> str | None:
+def why_no_cuda(device: int) -> str | None:
     """Why the CUDA kernels of this build run on no tensor of a device: not built, no code for it, an old driver."""
     if not hasattr(_C, "cuda"):
         return "was built without nvcc (see scoat-fast doctor)"
@@ -141,7 +141,7 @@ def _launch(
     scale, shift, slope = (None if t is None else t.contiguous() for t in (scale, shift, slope))  # until the launch
     where = torch.cuda.current_stream(main.device).cuda_stream if main.is_cuda else torch.get_num_threads()
     arguments = {
-        "dtype": _DTYPES[main.dtype],
+        "dtype": DTYPES[main.dtype],
         "channels_last": is_channels_last(main),
         "shape": tuple(shape),
         "a": _view(a),

@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
+#include <map>
 #include <vector>
 
 #define __global__
@@ -43,7 +45,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
 inline const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 
-inline dim3 threadIdx{0}, blockIdx{0}, blockDim{1};
+inline dim3 threadIdx{0}, blockIdx{0}, blockDim{1}, gridDim{1};
 
 namespace emulated {
 
@@ -53,14 +55,20 @@ struct Thread {
   ucontext_t context;
   std::vector<char> stack;
   dim3 index{0};
-  int meetings = 0;  // barriers and shuffles so far
   bool done = false;
+};
+
+// Some threads that wait for each other.
+struct Meeting {
+  unsigned arrived = 0, number = 0;
 };
 
 inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
 inline unsigned current;
-inline std::vector<float> slots[2];
+inline bool progressed;
+inline std::map<int, Meeting> meetings;  // of warps by their number; of other groups by negative names, -1: the block
+inline std::vector<uint32_t> slots[2];
 inline std::function<void()> body;
 
 inline void entry() {
@@ -68,16 +76,26 @@ inline void entry() {
   threads[current].done = true;
 }
 
-// Lets all other threads of the block come this far.
-inline void meet() {
-  const unsigned self = current;
-  ++threads[self].meetings;
-  swapcontext(&threads[self].context, &scheduler);
-}
-
 inline void fail(const char* what) {
   std::fprintf(stderr, "emulated CUDA: %s\n", what);
   std::abort();
+}
+
+// Something happened that another thread may wait for.
+inline void progress() { progressed = true; }
+
+// Lets the other threads run.
+inline void give_way() { swapcontext(&threads[current].context, &scheduler); }
+
+// Waits until so many threads have come here.
+inline void meet(int name, unsigned size) {
+  Meeting& meeting = meetings[name];
+  const unsigned number = meeting.number;
+  if (++meeting.arrived == size) {
+    meeting = {0, number + 1};
+    progress();
+  }
+  while (meeting.number == number) give_way();
 }
 
 inline void run(unsigned blocks, dim3 block, std::function<void()> kernel) {
@@ -85,14 +103,14 @@ inline void run(unsigned blocks, dim3 block, std::function<void()> kernel) {
   body = std::move(kernel);
   blockDim = block;
   threads.resize(size);
-  for (auto& slot : slots) slot.assign(size, 0.0f);
+  for (auto& slot : slots) slot.assign(size, 0);
   for (unsigned b = 0; b < blocks; ++b) {
     blockIdx = dim3(b);
+    meetings.clear();
     for (unsigned i = 0; i < size; ++i) {
       Thread& thread = threads[i];
       thread.stack.resize(STACK);
       thread.index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
-      thread.meetings = 0;
       thread.done = false;
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = thread.stack.data();
@@ -100,30 +118,41 @@ inline void run(unsigned blocks, dim3 block, std::function<void()> kernel) {
       thread.context.uc_link = &scheduler;
       makecontext(&thread.context, entry, 0);
     }
-    for (bool busy = true; busy;) {
-      busy = false;
+    for (unsigned left = size; left > 0;) {
+      progressed = false;
       for (current = 0; current < size; ++current) {
         if (threads[current].done) continue;
         threadIdx = threads[current].index;
         swapcontext(&scheduler, &threads[current].context);
-        busy = true;
+        if (threads[current].done) --left, progress();
       }
-      for (unsigned i = 0; i < size; ++i)  // a warp must stay together
-        if (threads[i].meetings != threads[i / 32 * 32].meetings)
-          fail("a shuffle or barrier that a warp did not reach");
+      if (!progressed) fail("all threads wait: for a shuffle or barrier that not all of them reach");
     }
   }
 }
 
 }  // namespace emulated
 
-inline void __syncthreads() { emulated::meet(); }
+inline void __syncthreads() { emulated::meet(-1, blockDim.x * blockDim.y * blockDim.z); }
 
-inline float __shfl_xor_sync(unsigned mask, float value, int step) {
+template <typename T>
+T shuffled(unsigned mask, T value, unsigned other) {
+  static_assert(sizeof(T) == 4);
   if (mask != 0xffffffffu) emulated::fail("a shuffle of a part of a warp");
   const unsigned self = emulated::current;
-  auto& slots = emulated::slots[emulated::threads[self].meetings % 2];
-  slots[self] = value;
-  emulated::meet();
-  return slots[self ^ unsigned(step)];
+  auto& slots = emulated::slots[emulated::meetings[int(self / 32)].number % 2];
+  std::memcpy(&slots[self], &value, sizeof value);
+  emulated::meet(int(self / 32), 32);
+  std::memcpy(&value, &slots[self / 32 * 32 + other], sizeof value);
+  return value;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int step) {
+  return shuffled(mask, value, emulated::current % 32 ^ unsigned(step));
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return shuffled(mask, value, unsigned(lane));
 }

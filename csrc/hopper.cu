@@ -1,0 +1,431 @@
+// 3x3 convolutions on Hopper's tensor cores. A tile of pixels with its border lies in shared memory once for all nine
+// taps, as each tap is the same matrix from another address on: see docs/hopper.md.
+// SCOAT_TYPE is Half or BFloat.
+#include <hopper_ptx.h>  // the tests have one of their own
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "hopper.h"
+
+namespace scoat {
+namespace hopper {
+namespace {
+
+constexpr int WARPS = 4 * GROUPS;                    // that multiply
+constexpr int THREADS = 32 * WARPS + 128;            // and a warpgroup of which one thread fetches
+constexpr int REGISTERS = 232, LEFT_REGISTERS = 40;  // of their threads
+constexpr int PITCH = 72;                // pixels of a row in shared memory, so that each begins a swizzle pattern
+constexpr int SHARED_BYTES = 227 << 10;  // a block may have
+constexpr int BOX_BYTES = 32 << 10;      // of one copy
+constexpr int SCALING_THREADS = 256;
+constexpr unsigned ALL = 0xffffffffu;
+
+// A kernel for CHANNELS outputs. A stage holds DEPTH channels of a tile and its border, and their weights:
+//
+// pixels    [planes][HEIGHT][PITCH][SPAN bytes]; with PLANES a plane has 8 channels, else there is one, swizzled
+// weights   [3 horizontal taps][STEPS][2][slots][CHANNELS][8], a slot being a vertical tap, the last first
+// shortcut  [STEPS][2][CHANNELS][8]
+//
+// A matrix product multiplies 16 channels: those of 64 pixels of a row, with those of JOINED slots, for as many rows of
+// output: row i of the tile's rows and border meets slot JOINED + 1 - i and those after it. Slots of zeros stand for
+// vertical taps that there are not.
+template <int CHANNELS_, bool SHORTCUT_, bool PLANES>
+struct Form {
+  static constexpr int CHANNELS = CHANNELS_;
+  static constexpr bool SHORTCUT = SHORTCUT_;
+  static constexpr Cut CUT = cut_of(CHANNELS, SHORTCUT);
+  static constexpr int ROWS = CUT.rows(), JOINED = CUT.joined(), DEPTH = CUT.depth;
+  static constexpr int HEIGHT = CUT.height + 2, STEPS = DEPTH / 16, SPAN = PLANES ? 16 : 2 * DEPTH;
+  static constexpr int PLANE_BYTES = HEIGHT * PITCH * SPAN, PIXEL_BYTES = HEIGHT * PITCH * DEPTH * 2;
+  static constexpr int SLOTS_BYTES = CUT.slots * CHANNELS * 16;  // of 8 channels
+  static constexpr int WEIGHT_BYTES = 3 * STEPS * 2 * SLOTS_BYTES;
+  static constexpr int SHORTCUT_BYTES = SHORTCUT ? STEPS * 2 * CHANNELS * 16 : 0;
+  static constexpr int BYTES = PIXEL_BYTES + WEIGHT_BYTES + SHORTCUT_BYTES, STRIDE = (BYTES + 1023) / 1024 * 1024;
+  static constexpr int SUM_BYTES = WARPS * CHANNELS * 4, BARRIER_BYTES = 128;
+  static constexpr int STAGES = std::min(4, (SHARED_BYTES - SUM_BYTES - BARRIER_BYTES) / STRIDE);
+  static constexpr int BOXES = (PLANE_BYTES + BOX_BYTES - 1) / BOX_BYTES;  // of a plane
+  static constexpr int SHARED = STAGES * STRIDE + SUM_BYTES + BARRIER_BYTES;
+  static constexpr int VALUES = CHANNELS / 2;  // of a row of output, in a thread
+
+  static_assert(STAGES >= 2 && 2 * STAGES * 8 <= BARRIER_BYTES);
+  static_assert(HEIGHT % BOXES == 0 && PIXEL_BYTES % 128 == 0 && ROWS % JOINED == 0);
+};
+
+struct Parameters {
+  CUtensorMap maps[SOURCES];
+  int chunks[SOURCES];  // of DEPTH channels
+  int h, w, across, down;
+  int64_t tiles;
+  Weights weights, shortcut;
+  Features out, pooled, shortcut_out;
+  float* sums;
+  int64_t sum_channels;
+  bool relu, residual_before, residual_after, shortcut_relu;
+};
+
+struct Tile {
+  int64_t n;
+  int y, x, number;
+
+  __device__ __forceinline__ Tile(const Parameters& p, int64_t tile, int height) {
+    const int64_t all = int64_t(p.across) * p.down;
+    n = tile / all;
+    number = int(tile % all);
+    y = number / p.across * height;
+    x = number % p.across * WIDTH;
+  }
+};
+
+// The descriptor of a matrix whose rows of 16 bytes, or of a span, follow each other in groups of 8, without a swizzle
+// or with one over the span: where it begins, and the steps from 8 channels to the next (with a swizzle not used, and
+// 16 by convention) and from group to group.
+template <int SPAN>
+__device__ __forceinline__ uint64_t matrix(uint32_t address, int channels_step, int group_step) {
+  constexpr uint64_t SWIZZLE = SPAN == 16 ? 0 : SPAN == 32 ? 3 : 2;
+  return uint64_t(address >> 4) | uint64_t(channels_step >> 4) << 16 | uint64_t(group_step >> 4) << 32 | SWIZZLE << 62;
+}
+
+template <int VALUE>
+struct Constant {
+  SCOAT_BOTH constexpr operator int() const { return VALUE; }
+};
+
+template <int... I, typename Apply>
+__device__ __forceinline__ void unrolled(std::integer_sequence<int, I...>, const Apply& apply) {
+  (apply(Constant<I>()), ...);
+}
+
+template <int COUNT, typename Apply>
+__device__ __forceinline__ void unrolled(const Apply& apply) {
+  unrolled(std::make_integer_sequence<int, COUNT>(), apply);
+}
+
+// All products of a stage.
+template <typename T, typename F>
+__device__ __forceinline__ void multiply_stage(uint32_t stage, int group, float* values, float* shortcut) {
+  const uint32_t first = stage + group * F::ROWS * PITCH * F::SPAN;
+  const uint64_t pixels = matrix<F::SPAN>(first, F::SPAN == 16 ? F::PLANE_BYTES : 16, 8 * F::SPAN);
+  const uint64_t weights = matrix<16>(stage + F::PIXEL_BYTES, F::SLOTS_BYTES, 128);
+  const uint64_t last = matrix<16>(stage + F::PIXEL_BYTES + F::WEIGHT_BYTES, F::CHANNELS * 16, 128);
+  constexpr int STEP = F::SPAN == 16 ? 2 * F::PLANE_BYTES : 32;  // to the next 16 channels
+  unrolled<3 * F::STEPS>([&](auto which) {
+    constexpr int TAP = which / F::STEPS, K = which % F::STEPS;
+    const uint64_t left = pixels + (TAP * F::SPAN + K * STEP) / 16;
+    const uint64_t right = weights + which * 2 * F::SLOTS_BYTES / 16;
+    unrolled<F::ROWS / F::JOINED>([&](auto joined) {
+      unrolled<F::JOINED + 2>([&](auto i) {
+        multiply<T, F::JOINED * F::CHANNELS>(values + joined * F::JOINED * F::VALUES,
+                                             left + (joined * F::JOINED + i) * PITCH * F::SPAN / 16,
+                                             right + (F::JOINED + 1 - i) * F::CHANNELS);
+      });
+    });
+    if constexpr (F::SHORTCUT && TAP == 1) {
+      unrolled<F::ROWS>([&](auto row) {
+        multiply<T, F::CHANNELS>(shortcut + row * F::VALUES, left + (row + 1) * PITCH * F::SPAN / 16,
+                                 last + K * 2 * F::CHANNELS);
+      });
+    }
+  });
+}
+
+// Turns what lane q of four holds as word m into what lane m holds as word q.
+__device__ __forceinline__ void transpose(uint32_t (&words)[4], int q) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+      if (!(m & bit)) {
+        const uint32_t got = __shfl_xor_sync(ALL, q & bit ? words[m] : words[m | bit], bit);
+        (q & bit ? words[m] : words[m | bit]) = got;
+      }
+}
+
+// Where values of a row of output lie: a thread has two neighbouring channels, in 4 pixels of 8 and blocks of 8
+// channels in all. Words are such pairs, four of which a thread exchanges for the 16 bytes of a pixel and block.
+template <typename F>
+struct Lane {
+  static constexpr int BLOCKS = F::CHANNELS / 8;
+  int warp, q, pixel;
+
+  __device__ __forceinline__ Lane() {
+    const int lane = threadIdx.x % 32;
+    warp = threadIdx.x / 32 % 4;
+    q = lane % 4;
+    pixel = 16 * warp + lane / 4;
+  }
+
+  // The first value of a word, and the pixel and the first of the channels of the 16 bytes.
+  static __device__ __forceinline__ constexpr int value(int word) { return word % BLOCKS * 4 + word / BLOCKS * 2; }
+  __device__ __forceinline__ int pixel_of(int word) const { return pixel + word / BLOCKS * 8; }
+  __device__ __forceinline__ int channel_of(int word) const { return word % BLOCKS * 8; }
+};
+
+__device__ __forceinline__ uint4* place(const Features& x, int size, int64_t n, int64_t y, int64_t column,
+                                        int channel) {
+  return reinterpret_cast<uint4*>(static_cast<uint8_t*>(x.data) + size * (n * x.n + y * x.h + column * x.w + channel));
+}
+
+template <typename T>
+__device__ __forceinline__ float half_of(uint32_t word, int which) {
+  return to_float(T{uint16_t(word >> (16 * which))});
+}
+
+// Ends the values of one row of output: adds the bias and the residual, stores, and leaves them as floats.
+template <typename T, typename F>
+__device__ __forceinline__ void finish(float* values, const float* bias, const Features& out, bool relu_, bool before,
+                                       bool after, int64_t n, int y, int x, int h, int w) {
+  const Lane<F> lane;
+  unrolled<F::CHANNELS / 16>([&](auto quad) {
+    const int mine = 4 * quad + lane.q, column = x + lane.pixel_of(mine);
+    const bool inside = y < h && column < w;
+    uint4* const to = place(out, sizeof(T), n, y, column, lane.channel_of(mine));
+    uint32_t words[4] = {};
+    if (before || after) {
+      if (inside) {
+        const uint4 held = *to;
+        words[0] = held.x, words[1] = held.y, words[2] = held.z, words[3] = held.w;
+      }
+      transpose(words, lane.q);
+    }
+    unrolled<4>([&](auto m) {
+      constexpr int WORD = 4 * quad + m;
+      const float2 shift = *reinterpret_cast<const float2*>(bias + lane.channel_of(WORD) + 2 * lane.q);
+      float* const value = values + lane.value(WORD);
+      value[0] += shift.x, value[1] += shift.y;
+      const float held0 = half_of<T>(words[m], 0), held1 = half_of<T>(words[m], 1);
+      if (before) value[0] += held0, value[1] += held1;
+      if (relu_) value[0] = relu(value[0]), value[1] = relu(value[1]);
+      if (after) value[0] += held0, value[1] += held1;
+      words[m] = pair<T>(value[0], value[1]);
+    });
+    transpose(words, lane.q);
+    if (inside) *to = make_uint4(words[0], words[1], words[2], words[3]);
+  });
+}
+
+// Stores the maxima of 2x2 pixels of two rows of output.
+template <typename T, typename F>
+__device__ __forceinline__ void pool(const float* upper, const float* lower, const Features& out, int64_t n, int y,
+                                     int x, int h, int w) {
+  const Lane<F> lane;
+  unrolled<F::CHANNELS / 16>([&](auto quad) {
+    uint32_t words[4];
+    unrolled<4>([&](auto m) {
+      float most[2];
+      unrolled<2>([&](auto i) {
+        constexpr int VALUE = Lane<F>::value(4 * quad + m) + i;
+        const float left = maximum(upper[VALUE], lower[VALUE]);
+        most[i] = maximum(left, __shfl_xor_sync(ALL, left, 4));  // the next pixel's
+      });
+      words[m] = pair<T>(most[0], most[1]);
+    });
+    transpose(words, lane.q);
+    const int mine = 4 * quad + lane.q, column = x + lane.pixel_of(mine);
+    if (column % 2 == 0 && column < w && y < h)
+      *place(out, sizeof(T), n, y / 2, column / 2, lane.channel_of(mine)) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+  });
+}
+
+// Stores the sums of all rows of output of a tile, always added in the same order.
+template <typename F>
+__device__ __forceinline__ void sum(const float* values, float* shared, float* out, int y, int x, int h, int w) {
+  const Lane<F> lane;
+  const int warp = threadIdx.x / 32;
+  unrolled<F::CHANNELS / 8>([&](auto block) {
+    float total[2] = {};
+    unrolled<F::ROWS>([&](auto row) {
+      unrolled<2>([&](auto half) {
+        const bool inside = y + row < h && x + lane.pixel + 8 * half < w;
+        const float* const value = values + row * F::VALUES + block * 4 + half * 2;
+        total[0] += inside ? value[0] : 0.0f;
+        total[1] += inside ? value[1] : 0.0f;
+      });
+    });
+    unrolled<2>([&](auto i) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) total[i] += __shfl_xor_sync(ALL, total[i], step);
+      if (threadIdx.x % 32 < 4) shared[warp * F::CHANNELS + block * 8 + 2 * lane.q + i] = total[i];
+    });
+  });
+  synchronise(1, 32 * WARPS);
+  if (threadIdx.x < F::CHANNELS) {
+    float total = 0.0f;
+    for (int i = 0; i < WARPS; ++i) total += shared[i * F::CHANNELS + threadIdx.x];
+    out[threadIdx.x] = total;
+  }
+  synchronise(1, 32 * WARPS);  // before somebody writes there again
+}
+
+// What the fetching thread does: keeps all stages full, those of the next tile too.
+template <typename F>
+__device__ __forceinline__ void fetch(const Parameters& p, uint8_t* memory, Barrier* full, Barrier* empty) {
+  int stage = 0, parity = 1;
+  for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+    const Tile tile(p, number, F::CUT.height);
+    const auto* weights = static_cast<const uint8_t*>(p.weights.weights) + tile.n * p.weights.step;
+    const auto* shortcut = static_cast<const uint8_t*>(p.shortcut.weights) + tile.n * p.shortcut.step;
+    for (int source = 0; source < SOURCES; ++source) {
+      for (int chunk = 0; chunk < p.chunks[source]; ++chunk) {
+        uint8_t* const to = memory + stage * F::STRIDE;
+        Barrier* const barrier = full + stage;
+        wait(empty + stage, parity);
+        arrive_expect(barrier, F::BYTES);
+        constexpr int PLANES = F::PIXEL_BYTES / F::PLANE_BYTES, HEIGHT = F::HEIGHT / F::BOXES;
+        for (int plane = 0; plane < PLANES; ++plane)
+          for (int box = 0; box < F::BOXES; ++box)
+            copy_box(to + plane * F::PLANE_BYTES + box * HEIGHT * PITCH * F::SPAN, p.maps + source, barrier,
+                     chunk * F::DEPTH + plane * F::SPAN / 2, tile.x - 1, tile.y - 1 + box * HEIGHT, int(tile.n));
+        copy_bytes(to + F::PIXEL_BYTES, weights, F::WEIGHT_BYTES, barrier);
+        weights += F::WEIGHT_BYTES;
+        if constexpr (F::SHORTCUT) {
+          copy_bytes(to + F::PIXEL_BYTES + F::WEIGHT_BYTES, shortcut, F::SHORTCUT_BYTES, barrier);
+          shortcut += F::SHORTCUT_BYTES;
+        }
+        if (++stage == F::STAGES) stage = 0, parity ^= 1;
+      }
+    }
+  }
+}
+
+template <typename T, typename F>
+__global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_constant__ Parameters p) {
+  SCOAT_DYNAMIC_SHARED(memory);
+  float* const shared_sums = reinterpret_cast<float*>(memory + F::STAGES * F::STRIDE);
+  Barrier* const full = reinterpret_cast<Barrier*>(shared_sums + F::SUM_BYTES / 4);
+  Barrier* const empty = full + F::STAGES;
+  const int group = __shfl_sync(ALL, int(threadIdx.x) / 128, 0);  // known to be the same for a warp
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < F::STAGES; ++i) init(full + i, 1), init(empty + i, WARPS);
+    fence_init();
+  }
+  __syncthreads();
+  if (group == GROUPS) {
+    give_registers<LEFT_REGISTERS>();
+    if (threadIdx.x == 32 * WARPS) fetch<F>(p, memory, full, empty);
+    return;
+  }
+  take_registers<REGISTERS>();
+  int stage = 0, parity = 0;
+  for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+    float values[F::ROWS * F::VALUES], shortcut[F::SHORTCUT ? F::ROWS * F::VALUES : 1];
+    unrolled<F::ROWS * F::VALUES>([&](auto i) { values[i] = 0.0f; });
+    unrolled<F::SHORTCUT ? F::ROWS * F::VALUES : 1>([&](auto i) { shortcut[i] = 0.0f; });
+    int before = -1;  // the stage whose products may still run
+    for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1]; ++chunk) {
+      wait(full + stage, parity);
+      products_begin();
+      multiply_stage<T, F>(shared_address(memory + stage * F::STRIDE), group, values, shortcut);
+      products_commit();
+      products_wait<1>();
+      if (before >= 0 && threadIdx.x % 32 == 0) arrive(empty + before);
+      before = stage;
+      if (++stage == F::STAGES) stage = 0, parity ^= 1;
+    }
+    products_wait<0>();
+    if (threadIdx.x % 32 == 0) arrive(empty + before);
+
+    const Tile tile(p, number, F::CUT.height);
+    const int y = tile.y + group * F::ROWS;
+    unrolled<F::ROWS>([&](auto row) {
+      finish<T, F>(values + row * F::VALUES, p.weights.bias, p.out, p.relu, p.residual_before, p.residual_after, tile.n,
+                   y + row, tile.x, p.h, p.w);
+      if constexpr (row % 2 == 1)
+        if (p.pooled.data)
+          pool<T, F>(values + (row - 1) * F::VALUES, values + row * F::VALUES, p.pooled, tile.n, y + row - 1, tile.x,
+                     p.h, p.w);
+      if constexpr (F::SHORTCUT)
+        finish<T, F>(shortcut + row * F::VALUES, p.shortcut.bias, p.shortcut_out, p.shortcut_relu, false, false, tile.n,
+                     y + row, tile.x, p.h, p.w);
+    });
+    if (p.sums)
+      sum<F>(values, shared_sums, p.sums + (tile.n * p.across * p.down + tile.number) * p.sum_channels, y, tile.x, p.h,
+             p.w);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(SCALING_THREADS) scale_vectors(const __grid_constant__ Scaling s) {
+  const int64_t index = int64_t(blockIdx.x) * SCALING_THREADS + threadIdx.x;
+  if (index >= s.n * s.vectors) return;
+  const int64_t n = index / s.vectors, vector = index % s.vectors, row = vector / s.inner;
+  const int64_t eighth = row / (s.taps * s.eighths) * s.eighths + row % s.eighths;
+  const auto* weights = reinterpret_cast<const float4*>(s.weights + vector * 8);
+  const auto* scales = reinterpret_cast<const float4*>(s.scale + n * s.scale_step + eighth * 8);
+  const float4 a = weights[0], b = weights[1], c = scales[0], d = scales[1];
+  *reinterpret_cast<uint4*>(static_cast<T*>(s.out) + n * s.out_step + vector * 8) =
+      make_uint4(pair<T>(a.x * c.x, a.y * c.y), pair<T>(a.z * c.z, a.w * c.w), pair<T>(b.x * d.x, b.y * d.y),
+                 pair<T>(b.z * d.z, b.w * d.w));
+}
+
+template <typename T, int CHANNELS, bool SHORTCUT, bool PLANES>
+int launch_form(const Convolution& c, void* stream) {
+  using F = Form<CHANNELS, SHORTCUT, PLANES>;
+  Parameters p{};
+  for (int i = 0; i < SOURCES; ++i) {
+    const Features& x = c.sources[i];
+    if (!x.data) continue;
+    p.chunks[i] = int(x.channels / F::DEPTH);
+    const int error = encode<T>(&p.maps[i], x.data, {x.n, x.h, x.w}, c.n, c.h, c.w, x.channels,
+                                {F::SPAN / 2, PITCH, F::HEIGHT / F::BOXES}, F::SPAN);
+    if (error) return error;
+  }
+  p.h = int(c.h), p.w = int(c.w);
+  p.across = (p.w + WIDTH - 1) / WIDTH, p.down = (p.h + F::CUT.height - 1) / F::CUT.height;
+  p.tiles = c.n * p.across * p.down;
+  p.weights = c.weights, p.shortcut = c.shortcut;
+  p.out = c.out, p.pooled = c.pooled, p.shortcut_out = c.shortcut_out;
+  p.sums = c.sums, p.sum_channels = c.sum_channels;
+  p.relu = c.relu, p.residual_before = c.residual_before, p.residual_after = c.residual_after;
+  p.shortcut_relu = c.shortcut_relu;
+  return launch(convolve_tiles<T, F>, std::min(p.tiles, processors()), THREADS, F::SHARED, stream, p);
+}
+
+template <typename T, int CHANNELS>
+int launch_channels(const Convolution& c, void* stream) {
+  if (c.shortcut.weights)
+    return c.planes ? launch_form<T, CHANNELS, true, true>(c, stream)
+                    : launch_form<T, CHANNELS, true, false>(c, stream);
+  return c.planes ? launch_form<T, CHANNELS, false, true>(c, stream)
+                  : launch_form<T, CHANNELS, false, false>(c, stream);
+}
+
+}  // namespace
+
+template <>
+int convolve<SCOAT_TYPE>(const Convolution& c, void* stream) {
+  if (c.n == 0) return cudaSuccess;
+  switch (c.out.channels) {
+    case 16:
+      return launch_channels<SCOAT_TYPE, 16>(c, stream);
+    case 32:
+      return launch_channels<SCOAT_TYPE, 32>(c, stream);
+    case 64:
+      return launch_channels<SCOAT_TYPE, 64>(c, stream);
+    case 128:
+      return launch_channels<SCOAT_TYPE, 128>(c, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <>
+int scale<SCOAT_TYPE>(const Scaling& s, void* stream) {
+  const int64_t blocks = (s.n * s.vectors + SCALING_THREADS - 1) / SCALING_THREADS;
+  return blocks == 0 ? cudaSuccess : launch(scale_vectors<SCOAT_TYPE>, blocks, SCALING_THREADS, 0, stream, s);
+}
+
+template <>
+const char* why_not<SCOAT_TYPE>() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, convolve_tiles<SCOAT_TYPE, Form<32, false, false>>);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // of ours; the next call must not see it
+  static thread_local std::string reason;
+  reason = std::string("cannot run on this GPU: ") + cudaGetErrorString(error);
+  return reason.c_str();
+}
+
+}  // namespace hopper
+}  // namespace scoat

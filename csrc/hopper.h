@@ -1,0 +1,91 @@
+// The 3x3 convolutions of the inference engine on Hopper's tensor cores, in bfloat16 and float16: see hopper.cu.
+#pragma once
+
+#include "numbers.h"
+
+namespace scoat {
+namespace hopper {
+
+// Channels of features [N, H, W, C] in memory: their address, and the steps from slice to slice, row to row and pixel
+// to pixel in elements. Absent where data is null.
+struct Features {
+  void* data;
+  int64_t n, h, w, channels;
+};
+
+// A matrix of weights as `Form` lays it out, for each slice `step` bytes after the one before (0: the same for all),
+// and the bias of its output channels. Absent where weights are null.
+struct Weights {
+  const void* weights;
+  int64_t step;
+  const float* bias;
+};
+
+constexpr int SOURCES = 2;
+
+// out = relu(3x3 convolution of the sources, one after the other, + bias), with zero padding.
+struct Convolution {
+  bool planes;  // how pixels lie in shared memory: see `Form`
+  int64_t n, h, w;
+  Features sources[SOURCES];
+  Weights weights;
+  Features out;
+  bool relu, residual_before, residual_after;  // residual: what out holds is added, before or after the ReLU
+  Features pooled;                             // the maxima of 2x2 pixels of out
+  float* sums;                                 // of out over each tile: [N, tiles, sum_channels]; or null
+  int64_t sum_channels;
+  Weights shortcut;  // a 1x1 convolution of the sources into shortcut_out
+  Features shortcut_out;
+  bool shortcut_relu;
+};
+
+constexpr int WIDTH = 64;          // pixels of a tile, which are the rows of a matrix product
+constexpr int GROUPS = 2;          // warpgroups that multiply
+constexpr int ACCUMULATORS = 128;  // registers of a thread
+
+// How the kernel for `channels` outputs cuts its work.
+struct Cut {
+  int height, width;  // pixels of a tile
+  int depth;          // channels of a source that are multiplied at once: each source has a multiple of these
+  int slots;          // vertical taps of a slice of the weights, those that are zero included
+  int zeros;          // of which so many come first, and as many last
+
+  // Rows of a warpgroup, and those of them that share a matrix product: two where one would leave the tensor cores
+  // waiting for shared memory.
+  constexpr int rows() const { return height / GROUPS; }
+  constexpr int joined() const { return zeros + 1; }
+};
+
+constexpr bool has_kernel(int64_t channels) {
+  return channels == 16 || channels == 32 || channels == 64 || channels == 128;
+}
+
+constexpr Cut cut_of(int channels, bool shortcut) {
+  const int most = 2 * ACCUMULATORS / channels / (shortcut ? 2 : 1), zeros = channels <= 32 ? 1 : 0;
+  return {GROUPS * (most < 8 ? most : 8), WIDTH, channels == 16 ? 16 : 32, 3 + 2 * zeros, zeros};
+}
+
+// out = weights * scale for each of n slices: `vectors` of 8 numbers, which lie as `Form` lays them out, of as many
+// rows side by side as `inner` says and `taps` for each chunk of 8 * `eighths` channels.
+struct Scaling {
+  int64_t n;
+  const float* weights;
+  int64_t vectors, inner, taps, eighths;
+  const float* scale;
+  int64_t scale_step;  // from slice to slice
+  void* out;
+  int64_t out_step;
+};
+
+// Each returns a cudaError_t, 0 where the launch went well. T is Half or BFloat: hopper.cu is compiled once for each.
+template <typename T>
+int convolve(const Convolution&, void* stream);
+template <typename T>
+int scale(const Scaling&, void* stream);
+
+// Why this build cannot run on the current device, or an empty string.
+template <typename T>
+const char* why_not();
+
+}  // namespace hopper
+}  // namespace scoat

@@ -1,0 +1,107 @@
+// The engine's convolutions on Hopper as Python functions on raw addresses.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "hopper.h"
+
+namespace py = pybind11;
+
+namespace scoat {
+namespace hopper {
+namespace {
+
+using Tensor = std::optional<std::array<int64_t, 5>>;  // address, steps from slice, row and pixel to the next, channels
+using Matrix = std::array<uintptr_t, 3>;               // weights, their step from slice to slice in bytes, and bias
+using Size = std::array<int64_t, 3>;                   // slices, height and width
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Features features(const Tensor& tensor) {
+  if (!tensor) return {nullptr, 0, 0, 0, 0};
+  const auto& t = *tensor;
+  return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3], t[4]};
+}
+
+Weights weights_of(const Matrix& m) { return {pointer<const void>(m[0]), int64_t(m[1]), pointer<const float>(m[2])}; }
+
+void check(const char* name, int error) {
+  if (error) throw std::runtime_error(std::string(name) + ": CUDA error " + std::to_string(error));
+}
+
+template <typename T>
+void define_for(py::module_& module) {
+  module.def(
+      "convolve",
+      [](bool planes, const Size& size, const Tensor& first, const Tensor& second, const Matrix& weights,
+         const Tensor& out, bool relu, bool residual_before, bool residual_after, const Tensor& pooled, uintptr_t sums,
+         int64_t sum_channels, const Matrix& shortcut, const Tensor& shortcut_out, bool shortcut_relu,
+         uintptr_t stream) {
+        const Convolution convolution{planes,
+                                      size[0],
+                                      size[1],
+                                      size[2],
+                                      {features(first), features(second)},
+                                      weights_of(weights),
+                                      features(out),
+                                      relu,
+                                      residual_before,
+                                      residual_after,
+                                      features(pooled),
+                                      pointer<float>(sums),
+                                      sum_channels,
+                                      weights_of(shortcut),
+                                      features(shortcut_out),
+                                      shortcut_relu};
+        check("convolve", convolve<T>(convolution, pointer<void>(stream)));
+      },
+      py::kw_only(), py::arg("planes"), py::arg("size"), py::arg("first"), py::arg("second"), py::arg("weights"),
+      py::arg("out"), py::arg("relu"), py::arg("residual_before"), py::arg("residual_after"), py::arg("pooled"),
+      py::arg("sums"), py::arg("sum_channels"), py::arg("shortcut"), py::arg("shortcut_out"), py::arg("shortcut_relu"),
+      py::arg("stream"));
+  module.def(
+      "scale",
+      [](int64_t n, uintptr_t weights, int64_t vectors, int64_t inner, int64_t taps, int64_t eighths, uintptr_t factors,
+         int64_t factors_step, uintptr_t out, int64_t out_step, uintptr_t stream) {
+        const Scaling scaling{n,
+                              pointer<const float>(weights),
+                              vectors,
+                              inner,
+                              taps,
+                              eighths,
+                              pointer<const float>(factors),
+                              factors_step,
+                              pointer<void>(out),
+                              out_step};
+        check("scale", scale<T>(scaling, pointer<void>(stream)));
+      },
+      py::kw_only(), py::arg("n"), py::arg("weights"), py::arg("vectors"), py::arg("inner"), py::arg("taps"),
+      py::arg("eighths"), py::arg("factors"), py::arg("factors_step"), py::arg("out"), py::arg("out_step"),
+      py::arg("stream"));
+}
+
+}  // namespace
+
+// `hopper`, a submodule with one for each dtype.
+void define(py::module_& module) {
+  auto all = module.def_submodule("hopper", "The engine's convolutions on Hopper's tensor cores.");
+  all.def("why_not", &why_not<BFloat>);
+  all.def("has_kernel", &has_kernel);
+  all.def("cut", [](int channels, bool shortcut) {
+    const Cut cut = cut_of(channels, shortcut);
+    return std::array<int, 5>{cut.height, cut.width, cut.depth, cut.slots, cut.zeros};
+  });
+  auto half = all.def_submodule("float16"), bfloat = all.def_submodule("bfloat16");
+  define_for<Half>(half);
+  define_for<BFloat>(bfloat);
+}
+
+}  // namespace hopper
+}  // namespace scoat

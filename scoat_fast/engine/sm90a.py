@@ -1,0 +1,179 @@
+"""The plan's 3x3 convolutions on Hopper's tensor cores, in CUDA C++ (``csrc/hopper.cu``); all other steps in Triton."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..ops import _native
+from . import triton
+from .pack import Weights
+from .plan import Convolve, Slice, Step
+
+View = Callable[[Slice], Tensor]
+DTYPES = (torch.float16, torch.bfloat16)
+planes = False  # 8 channels beside each other in shared memory, without a swizzle: for cards where that goes wrong
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run on a device in a dtype, or None where it can."""
+    if dtype not in DTYPES:
+        return f"computes in float16 or bfloat16, not in {str(dtype)[6:]}"
+    if device.type != "cuda":
+        return f"needs CUDA tensors, got {device.type}"
+    if not hasattr(_native._C, "hopper"):
+        return "was built without an nvcc that knows sm_90a (see scoat-fast doctor)"
+    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        return f"needs compute capability 9.0, got {'.'.join(map(str, capability))}"
+    if (reason := _native.why_no_cuda(device.index)) is not None:
+        return reason
+    with torch.cuda.device(device):
+        return _native._C.hopper.why_not() or triton.why_not(device, dtype)
+
+
+def why_triton(step: Step) -> str | None:
+    """Why a step runs in Triton, or None where it runs here."""
+    if not isinstance(step, Convolve) or step.size != 3:
+        return "is no 3x3 convolution"
+    if not _native._C.hopper.has_kernel(step.out.channels):
+        return f"gives {step.out.channels} channels, and there are kernels for 16, 32, 64 and 128"
+    depth = _cut(step).depth
+    if any(source.channels % depth for source in step.sources):
+        counts = " + ".join(str(source.channels) for source in step.sources)
+        return f"takes {counts} channels, and multiples of {depth} are wanted"
+    return None
+
+
+def parts(step: Step, height: int, width: int, device: torch.device, dtype: torch.dtype) -> int:
+    """In how many parts a step leaves sums over ``height`` x ``width`` pixels: its tiles."""
+    if why_triton(step) is not None:
+        return triton.parts(step, height, width, device, dtype)
+    cut = _cut(step)
+    return -(-height // cut.height) * -(-width // cut.width)
+
+
+def rows(step: Convolve) -> int:
+    """How many rows of weights a recalibrated step wants for each slice: its own, then those of its shortcut."""
+    if why_triton(step) is not None:
+        return triton.rows(step)
+    shortcut = step.shortcut is not None and step.shortcut.scaled
+    return (3 * _cut(step).slots + shortcut) * step.out.channels
+
+
+def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs a step in rows of ``width`` pixels, for people to read: with its tile."""
+    if (reason := why_triton(step)) is not None:
+        name = triton.kernel(step, width, device, dtype)
+        return f"{name} (not sm90a: it {reason})" if isinstance(step, Convolve) and step.size == 3 else name
+    cut = _cut(step)
+    name = "scale, convolve_tiles" if step.scale is not None else "convolve_tiles"
+    return f"{name} {cut.height}x{cut.width} pixels, {cut.depth} channels at once"
+
+
+def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
+    """What a step needs of the weights: as ``csrc/hopper.cu`` lays them out, in float32 where they get scaled."""
+    if why_triton(step) is not None:
+        return triton.prepare(step, weights, device, dtype)
+    names = [(step.weights, step.scale is not None)]
+    if step.shortcut is not None:
+        names.append((step.shortcut.weights, step.shortcut.scaled))
+    packed = {}
+    for name, scaled in names:
+        weight, bias = weights[name]
+        kind = torch.float32 if scaled else dtype
+        packed[name] = _packed(weight, _cut(step)).to(device, kind), bias.to(device, torch.float32)
+    return packed
+
+
+def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
+    """A call that runs a step on the memory that ``view`` gives; a slice has ``pixels`` on the step's level."""
+    if why_triton(step) is not None:
+        return triton.bind(step, weights, view, pixels)
+    out = view(step.out)
+    calls, (main, shortcut) = _matrices(step, weights, view)
+    sums = None if step.sums is None else view(step.sums)
+    arguments = {
+        "planes": planes,
+        "size": tuple(out.shape[:3]),
+        "first": _features(view(step.sources[0])),
+        "second": _features(view(step.sources[1])) if len(step.sources) > 1 else None,
+        "weights": main,
+        "out": _features(out),
+        "relu": step.relu,
+        "residual_before": step.residual == "before",
+        "residual_after": step.residual == "after",
+        "pooled": None if step.pooled is None else _features(view(step.pooled)),
+        "sums": 0 if sums is None else sums.data_ptr(),
+        "sum_channels": 0 if sums is None else sums.stride(1),
+        "shortcut": shortcut,
+        "shortcut_out": None if step.shortcut is None else _features(view(step.shortcut.out)),
+        "shortcut_relu": step.shortcut is not None and step.shortcut.relu,
+    }
+    calls.append((_functions(out.dtype).convolve, arguments))
+
+    def run() -> None:
+        with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+            stream = torch.cuda.current_stream().cuda_stream if out.is_cuda else 0
+            for call, given in calls:
+                call(**given, stream=stream)
+
+    return run
+
+
+def _matrices(step: Convolve, weights: Weights, view: View) -> tuple[list, list[tuple[int, int, int]]]:
+    """What scales weights for each slice, and the weights of a step and of its shortcut as the kernel takes them."""
+    calls: list[tuple[Callable, dict]] = []
+    room = None if step.scaled is None else view(step.scaled)  # [N, rows, C]
+    first, found = 0, []
+    for name, scaled, taps in (
+        (step.weights, step.scale is not None, 3),
+        (step.shortcut and step.shortcut.weights, step.shortcut is not None and step.shortcut.scaled, 1),
+    ):
+        if name is None:
+            found.append((0, 0, 0))
+            continue
+        packed, bias = weights[name]
+        if not scaled:
+            found.append((packed.data_ptr(), 0, bias.data_ptr()))
+            continue
+        scale, to = view(step.scale), room[:, first:]
+        arguments = {"n": len(room), "weights": packed.data_ptr()}
+        arguments |= {"vectors": packed.numel() // 8, "inner": packed.shape[4] * packed.shape[5], "taps": taps}
+        arguments |= {"eighths": packed.shape[2] * 2, "factors": scale.data_ptr(), "factors_step": scale.stride(0)}
+        arguments |= {"out": to.data_ptr(), "out_step": room.stride(0)}
+        calls.append((_functions(room.dtype).scale, arguments))
+        found.append((to.data_ptr(), room.stride(0) * room.itemsize, bias.data_ptr()))
+        first += packed.numel() // room.shape[2]
+    return calls, found
+
+
+def _functions(dtype: torch.dtype) -> ModuleType:
+    return getattr(_native._C.hopper, str(dtype)[6:])
+
+
+class _Cut(tuple):
+    """How a kernel cuts its work, from ``csrc/hopper.h``."""
+
+    height, width, depth, slots, zeros = (property(lambda self, i=i: self[i]) for i in range(5))
+
+
+def _cut(step: Convolve) -> _Cut:
+    return _Cut(_native._C.hopper.cut(step.out.channels, step.shortcut is not None))
+
+
+def _packed(weight: Tensor, cut: _Cut) -> Tensor:
+    """[out, in, k, k] as [chunks, horizontal taps, depth / 16, 2, slots, out, 8], the last vertical tap first."""
+    out, channels, size, _ = weight.shape
+    if size == 3:
+        zeros = weight.new_zeros(out, channels, cut.zeros, 3)
+        weight = torch.cat([zeros, weight.flip(2), zeros], 2)
+    chunks = weight.unflatten(1, (channels // cut.depth, cut.depth // 16, 2, 8))
+    return chunks.permute(1, 6, 2, 3, 5, 0, 4).contiguous()
+
+
+def _features(x: Tensor) -> tuple[int, ...]:
+    return (x.data_ptr(), *x.stride()[:3], x.shape[3])

@@ -1,0 +1,290 @@
+"""The convolutions for Hopper: run thread by thread on a CPU, their machine code read, and run on a GPU that has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_steps import run_steps, trained
+from test_cuda_source import CSRC, ROOT, disassembler, machine_code_of
+
+import scoat_fast
+from scoat_fast import SCOATNet
+from scoat_fast.engine import plan
+
+native = pytest.importorskip("scoat_fast.ops._native", exc_type=ImportError)
+sm90a = pytest.importorskip("scoat_fast.engine.sm90a", exc_type=ImportError)
+DTYPES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # and half the distance between a number and the next
+SLACK, FLOOR = 2.0, 2e-6  # times stock torch's own error in the same dtype; of the largest value
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """csrc/hopper.cu compiled for the CPU, see ``emulated_cuda/hopper_ptx.h``."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    pybind11 = pytest.importorskip("pybind11")
+    folder, here = tmp_path_factory.mktemp("emulated"), Path(__file__).parent / "emulated_cuda"
+    includes = [here, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-Wno-psabi", *(f"-I{i}" for i in includes), "-x", "c++", "-c"]
+    sources = [(CSRC / "hopper.cu", ["-DSCOAT_TYPE=Half"]), (CSRC / "hopper.cu", ["-DSCOAT_TYPE=BFloat"])]
+    sources += [(CSRC / "hopper_bindings.cpp", []), (here / "hopper_module.cpp", [])]
+    objects = [str(folder / f"{i}.o") for i in range(len(sources))]
+    running = [
+        subprocess.Popen([*command, *options, str(source), "-o", to])
+        for (source, options), to in zip(sources, objects, strict=True)
+    ]
+    assert [process.wait() for process in running] == [0] * len(sources)
+    subprocess.run([compiler, "-shared", *objects, "-o", str(folder / "_C.so")], check=True)
+    spec = importlib.util.spec_from_file_location("_C", folder / "_C.so")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def on_a_cpu(emulated, monkeypatch):
+    monkeypatch.setattr(native, "_C", types.SimpleNamespace(hopper=emulated.hopper))
+
+
+def assert_steps_as_accurate(form, shape, dtype, device, **options):
+    """Every step that runs here, in memory full of NaN."""
+    seen = set()
+    wanted = {"wanted": lambda step: sm90a.why_triton(step) is None, "device": device}
+    for outcome in run_steps(trained(**form), "sm90a", dtype, shape, **wanted, **options):
+        ours, stock, largest = outcome.errors
+        assert ours <= SLACK * stock + FLOOR * max(largest, 1), (plan.summary(outcome.step), ours, stock)
+        seen.add(outcome.slice.buffer)
+    assert {"conv0_4" if form.get("block") else "between0_4", "x0_4", "row1", "pool1"} & seen
+    return seen
+
+
+@pytest.mark.parametrize(("form", "shape", "dtype", "planes"), [
+    ({"width": 16}, (2, 16, 80), torch.bfloat16, False),
+    ({"width": 16, "equations": "paper"}, (2, 32, 16), torch.float16, True),
+    ({"width": 32}, (1, 32, 16), torch.bfloat16, True),
+    ({"width": 32, "block": "vgg"}, (1, 16, 32), torch.float16, False),
+], ids=["narrow", "paper", "wide", "vgg"])  # fmt: skip
+def test_every_step(form, shape, dtype, planes, on_a_cpu, monkeypatch):
+    monkeypatch.setattr(sm90a, "planes", planes)
+    assert_steps_as_accurate(form, shape, dtype, "cpu")
+
+
+@dataclass
+class Case:
+    """One call of a kernel."""
+
+    counts: tuple[int, ...]
+    out: int
+    shape: tuple[int, int, int]
+    shortcut: bool = False
+    residual: str | None = None
+    pooled: bool = False
+    sums: bool = False
+    relu: bool = True
+
+
+CASES = [
+    Case((32,), 32, (1, 1, 1)),
+    Case((32,), 32, (3, 2, 2), pooled=True, sums=True),
+    Case((32, 64), 32, (2, 17, 71), shortcut=True, relu=False),
+    Case((64, 32), 32, (1, 33, 129), residual="before", sums=True),
+    Case((16,), 16, (1, 38, 66), residual="after", pooled=True),
+    Case((16, 48), 16, (1, 15, 65), shortcut=True, sums=True),
+    Case((64,), 64, (1, 18, 62), pooled=True, sums=True),
+    Case((32, 32), 64, (2, 5, 127), shortcut=True),
+    Case((96,), 128, (1, 9, 64), residual="before"),
+    Case((64, 64), 128, (1, 4, 3), shortcut=True, sums=True),
+]
+
+
+@pytest.mark.parametrize("planes", [False, True], ids=["swizzled", "planes"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_odd_sizes_and_every_epilogue(case, dtype, planes, on_a_cpu, monkeypatch):
+    """Views into wider buffers, whose other channels stay as they are."""
+    monkeypatch.setattr(sm90a, "planes", planes)
+    torch.manual_seed(2)
+    (n, h, w), pixels = case.shape, case.shape[1] * case.shape[2]
+    level, buffers = 0, {}
+
+    def buffer(name, channels, height=h, width=w, fill=torch.nan):
+        whole = torch.full((n, height, width, channels + 16), fill, dtype=dtype)
+        buffers[name] = whole[..., 8 : 8 + channels]
+        return plan.Slice(name, 0, channels)
+
+    sources = tuple(buffer(f"x{i}", count) for i, count in enumerate(case.counts))
+    for source in sources:
+        buffers[source.buffer].normal_()
+    shortcut = plan.Shortcut("1x1", buffer("shortcut", case.out), relu=True, scaled=False) if case.shortcut else None
+    out, pooled = buffer("out", case.out), buffer("pooled", case.out, h // 2, w // 2) if case.pooled else None
+    if case.residual:
+        buffers["out"].normal_()
+    held = buffers["out"].double()
+    step = plan.Convolve(level, "3x3", 3, sources, out, relu=case.relu, residual=case.residual, shortcut=shortcut,
+                         pooled=pooled, sums=plan.Slice("sums", 0, case.out) if case.sums else None)  # fmt: skip
+    buffers["sums"] = torch.full((n, sm90a.parts(step, h, w, torch.device("cpu"), dtype), case.out), torch.nan)
+    channels = sum(case.counts)
+    weights = {"3x3": (torch.randn(case.out, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(case.out))}
+    weights["1x1"] = torch.randn(case.out, channels, 1, 1) / channels**0.5, torch.randn(case.out)
+    ready = sm90a.prepare(step, weights, torch.device("cpu"), dtype)
+    sm90a.bind(step, ready, lambda used: buffers[used.buffer], pixels)()
+
+    x = torch.cat([buffers[source.buffer] for source in sources], 3).double().permute(0, 3, 1, 2)
+    y = F.conv2d(x, weights["3x3"][0].to(dtype).double(), weights["3x3"][1].double(), padding=1).permute(0, 2, 3, 1)
+    y = y + held if case.residual == "before" else y
+    y = y.relu() if case.relu else y
+    y = y + held if case.residual == "after" else y
+    assert_rounded(buffers["out"], y, dtype)
+    if case.pooled:
+        most = F.max_pool2d(y.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+        assert_rounded(buffers["pooled"], most, dtype)
+    if case.sums:
+        assert ((buffers["sums"].double().sum(1) - y.sum((1, 2))).abs() <= 1e-6 * y.abs().sum((1, 2)) + 1e-6).all()
+    if case.shortcut:
+        exact = F.conv2d(x, weights["1x1"][0].to(dtype).double(), weights["1x1"][1].double()).relu()
+        assert_rounded(buffers["shortcut"], exact.permute(0, 2, 3, 1), dtype)
+    for name in ("out", "pooled", "shortcut"):
+        if name in buffers:
+            around = buffers[name]._base
+            assert around[..., :8].isnan().all() and around[..., -8:].isnan().all(), name
+
+
+def assert_rounded(x, exact, dtype):
+    """As near as one rounding, and float32 before it, leave it."""
+    assert ((x.double() - exact).abs() <= DTYPES[dtype] * exact.abs() + 1e-5).all()
+
+
+def test_nan_is_no_clean_zero(on_a_cpu):
+    x, out, most = torch.zeros(1, 4, 4, 32), torch.zeros(1, 4, 4, 32), torch.zeros(1, 2, 2, 32)
+    x[0, 0, 0, 5] = torch.nan
+    found = {"x": x.bfloat16(), "out": out.bfloat16(), "pooled": most.bfloat16()}
+    slices = {name: plan.Slice(name, 0, 32) for name in found}
+    step = plan.Convolve(0, "3x3", 3, (slices["x"],), slices["out"], pooled=slices["pooled"])
+    ready = sm90a.prepare(step, {"3x3": (torch.ones(32, 32, 3, 3), -torch.ones(32))}, x.device, torch.bfloat16)
+    sm90a.bind(step, ready, lambda used: found[used.buffer], 16)()
+    assert found["out"][0, :2, :2].isnan().all() and not found["out"][0, 3:].isnan().any()
+    assert found["pooled"][0, 0, 0].isnan().all()
+
+
+def test_equal_slices_give_equal_bits(on_a_cpu):
+    """Whichever block computes them, and whatever lies in the rest of the batch."""
+    case = {"width": 16}
+    step = next(step for step in plan.build(SCOATNet(**case)).steps if step.sums and sm90a.why_triton(step) is None)
+    x = torch.randn(1, 40, 70, step.channels).bfloat16()
+    weights = {step.weights: (torch.randn(step.out.channels, step.channels, 3, 3), torch.randn(step.out.channels))}
+    ready = sm90a.prepare(step, weights, x.device, torch.bfloat16)
+    results = []
+    for batch in (x, torch.cat([x * 2, x, x])):
+        found = {step.out.buffer: torch.randn(len(batch), 40, 70, step.out.channels).bfloat16() * 0}
+        parts = sm90a.parts(step, 40, 70, x.device, torch.bfloat16)
+        found[step.sums.buffer] = torch.zeros(len(batch), parts, step.out.channels)
+        sm90a.bind(step, ready, lambda used, f=found, b=batch: f.get(used.buffer, b), 2800)()
+        results.append(found)
+    for name, once in results[0].items():
+        for i in (1, 2):
+            assert torch.equal(results[1][name][i], once[0]), name
+
+
+def test_what_it_refuses(on_a_cpu):
+    assert "not in float32" in sm90a.why_not(torch.device("cpu"), torch.float32)
+    assert sm90a.why_not(torch.device("cpu"), torch.bfloat16) == "needs CUDA tensors, got cpu"
+    with pytest.raises(RuntimeError, match="engine: sm90a needs CUDA tensors, got cpu"):
+        scoat_fast.compile(SCOATNet(width=16), dtype=torch.bfloat16, backend="sm90a")
+    reasons = {sm90a.why_triton(step) for step in plan.build(SCOATNet(width=16)).steps}
+    assert "gives 256 channels, and there are kernels for 16, 32, 64 and 128" in reasons
+    assert "takes 1 channels, and multiples of 16 are wanted" in reasons
+    assert "takes 16 channels, and multiples of 32 are wanted" in reasons
+
+
+def test_a_step_is_named_with_its_tile_or_with_why_it_runs_in_triton(on_a_cpu):
+    steps, device = plan.build(SCOATNet(width=32)).steps, torch.device("cpu")
+    names = [sm90a.kernel(step, 512 >> step.level, device, torch.bfloat16) for step in steps]
+    assert "convolve_tiles 8x64 pixels, 32 channels at once" in names
+    assert "scale, convolve_tiles 4x64 pixels, 32 channels at once" in names
+    assert any(name.endswith("(not sm90a: it takes 1 channels, and multiples of 32 are wanted)") for name in names)
+    assert "up_forward" in names
+
+
+def test_products_that_wait_for_each_other_fail_the_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    monkeypatch.chdir(ROOT)
+    compiler = tmp_path / "nvcc"
+    text = runpy.run_path("setup.py", run_name="setup")["ninja_file"](tmp_path, tmp_path / "_C.so", "g++",
+                                                                      str(compiler), False, True)  # fmt: skip
+    (command,) = re.findall(r"rule nvcc_hopper\n  command = (.*)", text)
+    command = command.replace("$in", "x.cu").replace("$out", "x.o").replace("$extra", "").replace("$$", "$")
+    for said, code in (("ptxas info : (C7511) serialized", 1), ("ptxas info : (C7519) serialized", 0), ("", 0)):
+        compiler.write_text(f"#!/bin/sh\necho '{said}' >&2\ntouch x.o\n")
+        compiler.chmod(0o755)
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode != 0) == bool(code) and said in done.stderr, done
+
+
+@pytest.fixture(scope="module")
+def machine_code() -> dict[str, tuple[str, str]]:
+    """Resources and SASS of every kernel in the extension as it was built, by mangled name."""
+    if not hasattr(native._C, "hopper") or disassembler() is None:
+        pytest.skip("needs an extension with code for Hopper, and cuobjdump")
+    found = machine_code_of("sm_90a", "convolve_tiles")
+    assert len(found) == 32  # two dtypes, four counts of channels, with a shortcut and without, two ways to lie
+    return found
+
+
+def test_machine_code_has_no_spills(machine_code):
+    for name, (resources, code) in machine_code.items():
+        assert re.search(r"STACK:0 .*LOCAL:0 ", resources), (name, resources)
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+
+
+def test_machine_code_multiplies_without_waiting(machine_code):
+    """All products of a stage follow each other, and one wait follows them; what is fetched comes in boxes."""
+    for name, (_, code) in machine_code.items():
+        channels, shortcut = (int(found) for found in re.search(r"FormILi(\d+)ELb(\d)", name).groups())
+        cut = sm90a._Cut(native._C.hopper.cut(channels, bool(shortcut)))
+        rows, joined = cut.height // 2, cut.zeros + 1
+        products = rows // joined * (joined + 2) * 3 + rows * shortcut  # of 16 channels
+        found = re.findall(r"\bHGMMA\.64x(\d+)x16\.F32\S*", code)
+        assert len(found) == products * cut.depth // 16, (name, found)
+        assert found.count(str(joined * channels)) >= len(found) - rows * 2
+        assert len(re.findall(r"HGMMA.*gsb0", code)) == 1, name
+        assert not re.search(r"\bHMMA\b", code), name
+        assert "UTMALDG.4D" in code and "UBLKCP" in code, name
+
+
+hopper_only = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+
+@hopper_only
+@pytest.mark.parametrize("planes", [False, True], ids=["swizzled", "planes"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("form", [{"width": 16, "equations": "paper"}, {"width": 32}, {"width": 64, "block": "vgg"}])
+def test_every_step_on_a_gpu(form, dtype, planes, monkeypatch):
+    monkeypatch.setattr(sm90a, "planes", planes)
+    for shape in ((3, 80, 112), (1, 256, 272)):
+        assert_steps_as_accurate(form, shape, dtype, "cuda")
+
+
+@hopper_only
+@pytest.mark.parametrize("planes", [False, True], ids=["swizzled", "planes"])
+def test_the_engine_on_a_gpu(planes, monkeypatch):
+    monkeypatch.setattr(sm90a, "planes", planes)
+    net, x = trained(width=32).cuda(), torch.rand(5, 1, 144, 208, device="cuda")
+    engine = scoat_fast.compile(net, backend="sm90a", batch_sizes=(1, 4), size=(144, 208))
+    assert engine.parity(x).dice > 0.95 and engine.parity(x).relative < 0.1
+    assert torch.equal(engine(x), engine(x.flip(0)).flip(0))
+    assert torch.equal(engine.mask(x), engine.mask(x.flip(0)).flip(0))
