@@ -8,14 +8,16 @@
 #include <utility>
 
 #include "hopper.h"
+#include "resample.h"
 
 namespace scoat {
 namespace hopper {
 namespace {
 
 constexpr int WARPS = 4 * GROUPS;                    // that multiply
-constexpr int THREADS = 32 * WARPS + 128;            // and a warpgroup of which one thread fetches
-constexpr int REGISTERS = 232, LEFT_REGISTERS = 40;  // of their threads
+constexpr int THREADS = 32 * WARPS + 128;            // and a warpgroup: a thread that fetches, and warps that upsample
+constexpr int REGISTERS = 216, LEFT_REGISTERS = 80;  // of their threads
+constexpr int UPSAMPLERS = 3;                        // of those warps
 constexpr int PITCH = 72;                // pixels of a row in shared memory, so that each begins a swizzle pattern
 constexpr int SHARED_BYTES = 227 << 10;  // a block may have
 constexpr int BOX_BYTES = 32 << 10;      // of one copy
@@ -43,19 +45,23 @@ struct Form {
   static constexpr int WEIGHT_BYTES = 3 * STEPS * 2 * SLOTS_BYTES;
   static constexpr int SHORTCUT_BYTES = SHORTCUT ? STEPS * 2 * CHANNELS * 16 : 0;
   static constexpr int BYTES = PIXEL_BYTES + WEIGHT_BYTES + SHORTCUT_BYTES, STRIDE = (BYTES + 1023) / 1024 * 1024;
-  static constexpr int SUM_BYTES = WARPS * CHANNELS * 4, BARRIER_BYTES = 128;
-  static constexpr int STAGES = std::min(4, (SHARED_BYTES - SUM_BYTES - BARRIER_BYTES) / STRIDE);
+  // what gets upsampled, [LOW_HEIGHT][LOW_WIDTH][DEPTH]: every other pixel, from the one before the border's on
+  static constexpr int LOW_HEIGHT = HEIGHT / 2 + 1, LOW_WIDTH = WIDTH / 2 + 2, LOWS = SHORTCUT ? 2 : 0;
+  static constexpr int LOW_BYTES = LOW_HEIGHT * LOW_WIDTH * DEPTH * 2, LOW_STRIDE = (LOW_BYTES + 127) / 128 * 128;
+  static constexpr int SUM_BYTES = WARPS * CHANNELS * 4, BARRIER_BYTES = 256;
+  static constexpr int REST = LOWS * LOW_STRIDE + SUM_BYTES + BARRIER_BYTES;
+  static constexpr int STAGES = std::min(4, (SHARED_BYTES - REST) / STRIDE);
   static constexpr int BOXES = (PLANE_BYTES + BOX_BYTES - 1) / BOX_BYTES;  // of a plane
-  static constexpr int SHARED = STAGES * STRIDE + SUM_BYTES + BARRIER_BYTES;
+  static constexpr int SHARED = STAGES * STRIDE + REST;
   static constexpr int VALUES = CHANNELS / 2;  // of a row of output, in a thread
 
-  static_assert(STAGES >= 2 && 2 * STAGES * 8 <= BARRIER_BYTES);
+  static_assert(STAGES >= 2 && 2 * (STAGES + LOWS) * 16 <= BARRIER_BYTES);
   static_assert(HEIGHT % BOXES == 0 && PIXEL_BYTES % 128 == 0 && ROWS % JOINED == 0);
 };
 
 struct Parameters {
-  CUtensorMap maps[SOURCES];
-  int chunks[SOURCES];  // of DEPTH channels
+  CUtensorMap maps[SOURCES + 1];  // the last one of what gets upsampled
+  int chunks[SOURCES + 1];        // of DEPTH channels
   int h, w, across, down;
   int64_t tiles;
   Weights weights, shortcut;
@@ -77,6 +83,12 @@ struct Tile {
     x = number % p.across * WIDTH;
   }
 };
+
+// Where a byte lies in rows swizzled over SPAN bytes, by its address from the start of a swizzle pattern on.
+template <int SPAN>
+__device__ __forceinline__ uint32_t swizzled(uint32_t address) {
+  return address ^ ((address >> 7 & uint32_t(SPAN / 16 - 1)) << 4);
+}
 
 // The descriptor of a matrix whose rows of 16 bytes, or of a span, follow each other in groups of 8, without a swizzle
 // or with one over the span: where it begins, and the steps from 8 channels to the next (with a swizzle not used, and
@@ -259,22 +271,62 @@ __device__ __forceinline__ void sum(const float* values, float* shared, float* o
   synchronise(1, 32 * WARPS);  // before somebody writes there again
 }
 
+// The parts of shared memory, and their barriers: a stage or low tile is full, or everybody is done with it.
+template <typename F>
+struct Shared {
+  uint8_t *stages, *lows;
+  float* sums;
+  Barrier *full, *empty, *low_full, *low_empty;
+
+  explicit __device__ __forceinline__ Shared(uint8_t* memory) {
+    stages = memory;
+    lows = memory + F::STAGES * F::STRIDE;
+    sums = reinterpret_cast<float*>(lows + F::LOWS * F::LOW_STRIDE);
+    full = reinterpret_cast<Barrier*>(sums + F::SUM_BYTES / 4);
+    empty = full + F::STAGES;
+    low_full = empty + F::STAGES;
+    low_empty = low_full + F::LOWS;
+  }
+};
+
+// Which of COUNT buffers is next, and the parity of the phase in which it is.
+template <int COUNT>
+struct Ring {
+  int index = 0, parity;
+
+  explicit __device__ __forceinline__ Ring(int parity) : parity(parity) {}
+  __device__ __forceinline__ void next() {
+    if (++index == COUNT) index = 0, parity ^= 1;
+  }
+};
+
 // What the fetching thread does: keeps all stages full, those of the next tile too.
 template <typename F>
-__device__ __forceinline__ void fetch(const Parameters& p, uint8_t* memory, Barrier* full, Barrier* empty) {
-  int stage = 0, parity = 1;
+__device__ __forceinline__ void fetch(const Parameters& p, const Shared<F>& shared) {
+  Ring<F::STAGES> stage(1);
+  Ring<F::SHORTCUT ? F::LOWS : 1> low(1);
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     const Tile tile(p, number, F::CUT.height);
     const auto* weights = static_cast<const uint8_t*>(p.weights.weights) + tile.n * p.weights.step;
     const auto* shortcut = static_cast<const uint8_t*>(p.shortcut.weights) + tile.n * p.shortcut.step;
-    for (int source = 0; source < SOURCES; ++source) {
-      for (int chunk = 0; chunk < p.chunks[source]; ++chunk) {
-        uint8_t* const to = memory + stage * F::STRIDE;
-        Barrier* const barrier = full + stage;
-        wait(empty + stage, parity);
-        arrive_expect(barrier, F::BYTES);
+    for (int source = 0; source <= SOURCES; ++source) {
+      for (int chunk = 0; chunk < p.chunks[source]; ++chunk, stage.next()) {
+        const bool whole = !F::SHORTCUT || source < SOURCES;
+        if constexpr (F::SHORTCUT)
+          if (!whole) {
+            Barrier* const barrier = shared.low_full + low.index;
+            wait(shared.low_empty + low.index, low.parity);
+            arrive_expect(barrier, F::LOW_BYTES);
+            copy_box(shared.lows + low.index * F::LOW_STRIDE, p.maps + source, barrier, chunk * F::DEPTH,
+                     tile.x / 2 - 1, tile.y / 2 - 1, int(tile.n));
+            low.next();
+          }
+        uint8_t* const to = shared.stages + stage.index * F::STRIDE;
+        Barrier* const barrier = shared.full + stage.index;
+        wait(shared.empty + stage.index, stage.parity);
+        arrive_expect(barrier, F::BYTES - (whole ? 0 : F::PIXEL_BYTES));
         constexpr int PLANES = F::PIXEL_BYTES / F::PLANE_BYTES, HEIGHT = F::HEIGHT / F::BOXES;
-        for (int plane = 0; plane < PLANES; ++plane)
+        for (int plane = 0; plane < PLANES && whole; ++plane)
           for (int box = 0; box < F::BOXES; ++box)
             copy_box(to + plane * F::PLANE_BYTES + box * HEIGHT * PITCH * F::SPAN, p.maps + source, barrier,
                      chunk * F::DEPTH + plane * F::SPAN / 2, tile.x - 1, tile.y - 1 + box * HEIGHT, int(tile.n));
@@ -284,8 +336,82 @@ __device__ __forceinline__ void fetch(const Parameters& p, uint8_t* memory, Barr
           copy_bytes(to + F::PIXEL_BYTES + F::WEIGHT_BYTES, shortcut, F::SHORTCUT_BYTES, barrier);
           shortcut += F::SHORTCUT_BYTES;
         }
-        if (++stage == F::STAGES) stage = 0, parity ^= 1;
       }
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& vector, float (&to)[8]) {
+  const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+  unrolled<8>([&](auto i) { to[i] = half_of<T>(words[i / 2], i % 2); });
+}
+
+// Upsamples 8 channels of a column of a tile: walks down two rows at a time, with a row of the input, already widened,
+// in registers. `from` is the column's first pixel in the low tile, `column` and `y` its place in the image.
+template <typename T, typename F>
+__device__ __forceinline__ void upsample_column(const uint8_t* from, uint8_t* stage, uint32_t at, int column, int y,
+                                                int h, int w) {
+  const float inverse = inverse_of(w / 2), inverse_down = inverse_of(h / 2);
+  const Source across = source_of(column, w / 2, inverse);  // its weights; the pixels are those of the low tile
+  const auto row_at = [&](int row, float (&to)[8]) {
+    float first[8], second[8];
+    const auto* pixels = reinterpret_cast<const uint4*>(from + row * F::LOW_WIDTH * F::DEPTH * 2);
+    unpack<T>(pixels[0], first);
+    unpack<T>(pixels[F::DEPTH / 8], second);
+    unrolled<8>([&](auto i) { to[i] = across.first_weight * first[i] + across.second_weight * second[i]; });
+  };
+  float above[8], below[8];
+  row_at(0, above);
+#pragma unroll 1
+  for (int pair_ = 0; pair_ < F::HEIGHT / 2; ++pair_) {
+    row_at(pair_ + 1, below);
+    const int k = (y + 2 * pair_ + 1) / 2 - 1;  // the input before the two rows of output
+    const float weights[2][2] = {{odd_first(k, h / 2, inverse_down), odd_second(k, h / 2, inverse_down)},
+                                 {even_first(k, h / 2, inverse_down), even_second(k, h / 2, inverse_down)}};
+    unrolled<2>([&](auto which) {
+      const int row = 2 * pair_ + which;
+      const bool inside = y + row >= 0 && y + row < h && column >= 0 && column < w;
+      uint32_t words[4];
+      unrolled<4>([&](auto m) {
+        float value[2];
+        unrolled<2>(
+            [&](auto i) { value[i] = weights[which][0] * above[2 * m + i] + weights[which][1] * below[2 * m + i]; });
+        words[m] = inside ? pair<T>(value[0], value[1]) : 0;
+      });
+      *reinterpret_cast<uint4*>(stage + swizzled<F::SPAN>(at + row * PITCH * F::SPAN)) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+    });
+    unrolled<8>([&](auto i) { above[i] = below[i]; });
+  }
+}
+
+// What the warps that upsample do: fill the pixels of the stages for which somebody must.
+template <typename T, typename F>
+__device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& shared, int thread) {
+  Ring<F::STAGES> stage(1);
+  Ring<F::LOWS> low(0);
+  constexpr int VECTORS = F::DEPTH / 8;
+  for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+    const Tile tile(p, number, F::CUT.height);
+    for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1] + p.chunks[SOURCES]; ++chunk, stage.next()) {
+      wait(shared.empty + stage.index, stage.parity);
+      if (chunk >= p.chunks[0] + p.chunks[1]) {
+        wait(shared.low_full + low.index, low.parity);
+        const uint8_t* const from = shared.lows + low.index * F::LOW_STRIDE;
+        uint8_t* const to = shared.stages + stage.index * F::STRIDE;
+        for (int item = thread; item < (WIDTH + 2) * VECTORS; item += 32 * UPSAMPLERS) {
+          const int pixel = item / VECTORS, vector = item % VECTORS;
+          const uint32_t at = F::SPAN == 16 ? vector * F::PLANE_BYTES + pixel * 16 : pixel * F::SPAN + vector * 16;
+          upsample_column<T, F>(from + (pixel / 2 * VECTORS + vector) * 16, to, at, tile.x - 1 + pixel, tile.y - 1, p.h,
+                                p.w);
+        }
+        fence_async();
+        __syncwarp();
+        if (thread % 32 == 0) arrive(shared.low_empty + low.index);
+        low.next();
+      }
+      if (thread % 32 == 0) arrive(shared.full + stage.index);
     }
   }
 }
@@ -293,39 +419,41 @@ __device__ __forceinline__ void fetch(const Parameters& p, uint8_t* memory, Barr
 template <typename T, typename F>
 __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_constant__ Parameters p) {
   SCOAT_DYNAMIC_SHARED(memory);
-  float* const shared_sums = reinterpret_cast<float*>(memory + F::STAGES * F::STRIDE);
-  Barrier* const full = reinterpret_cast<Barrier*>(shared_sums + F::SUM_BYTES / 4);
-  Barrier* const empty = full + F::STAGES;
-  const int group = __shfl_sync(ALL, int(threadIdx.x) / 128, 0);  // known to be the same for a warp
+  const Shared<F> shared(memory);
+  const bool upsamples = F::SHORTCUT && p.chunks[SOURCES] > 0;
+  const int warp = __shfl_sync(ALL, int(threadIdx.x) / 32, 0), group = warp / 4;  // known to be the same for a warp
   if (threadIdx.x == 0) {
-    for (int i = 0; i < F::STAGES; ++i) init(full + i, 1), init(empty + i, WARPS);
+    for (int i = 0; i < F::STAGES; ++i) init(shared.full + i, upsamples ? 1 + UPSAMPLERS : 1);
+    for (int i = 0; i < F::STAGES; ++i) init(shared.empty + i, WARPS);
+    for (int i = 0; i < F::LOWS; ++i) init(shared.low_full + i, 1), init(shared.low_empty + i, UPSAMPLERS);
     fence_init();
   }
   __syncthreads();
   if (group == GROUPS) {
     give_registers<LEFT_REGISTERS>();
-    if (threadIdx.x == 32 * WARPS) fetch<F>(p, memory, full, empty);
+    if (threadIdx.x == 32 * WARPS) fetch<F>(p, shared);
+    if constexpr (F::SHORTCUT)
+      if (upsamples && warp > WARPS) upsample<T, F>(p, shared, int(threadIdx.x) - 32 * (WARPS + 1));
     return;
   }
   take_registers<REGISTERS>();
-  int stage = 0, parity = 0;
+  Ring<F::STAGES> stage(0);
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     float values[F::ROWS * F::VALUES], shortcut[F::SHORTCUT ? F::ROWS * F::VALUES : 1];
     unrolled<F::ROWS * F::VALUES>([&](auto i) { values[i] = 0.0f; });
     unrolled<F::SHORTCUT ? F::ROWS * F::VALUES : 1>([&](auto i) { shortcut[i] = 0.0f; });
     int before = -1;  // the stage whose products may still run
-    for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1]; ++chunk) {
-      wait(full + stage, parity);
+    for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1] + p.chunks[SOURCES]; ++chunk, stage.next()) {
+      wait(shared.full + stage.index, stage.parity);
       products_begin();
-      multiply_stage<T, F>(shared_address(memory + stage * F::STRIDE), group, values, shortcut);
+      multiply_stage<T, F>(shared_address(shared.stages + stage.index * F::STRIDE), group, values, shortcut);
       products_commit();
       products_wait<1>();
-      if (before >= 0 && threadIdx.x % 32 == 0) arrive(empty + before);
-      before = stage;
-      if (++stage == F::STAGES) stage = 0, parity ^= 1;
+      if (before >= 0 && threadIdx.x % 32 == 0) arrive(shared.empty + before);
+      before = stage.index;
     }
     products_wait<0>();
-    if (threadIdx.x % 32 == 0) arrive(empty + before);
+    if (threadIdx.x % 32 == 0) arrive(shared.empty + before);
 
     const Tile tile(p, number, F::CUT.height);
     const int y = tile.y + group * F::ROWS;
@@ -341,7 +469,7 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
                      y + row, tile.x, p.h, p.w);
     });
     if (p.sums)
-      sum<F>(values, shared_sums, p.sums + (tile.n * p.across * p.down + tile.number) * p.sum_channels, y, tile.x, p.h,
+      sum<F>(values, shared.sums, p.sums + (tile.n * p.across * p.down + tile.number) * p.sum_channels, y, tile.x, p.h,
              p.w);
   }
 }
@@ -364,14 +492,16 @@ template <typename T, int CHANNELS, bool SHORTCUT, bool PLANES>
 int launch_form(const Convolution& c, void* stream) {
   using F = Form<CHANNELS, SHORTCUT, PLANES>;
   Parameters p{};
-  for (int i = 0; i < SOURCES; ++i) {
-    const Features& x = c.sources[i];
-    if (!x.data) continue;
-    p.chunks[i] = int(x.channels / F::DEPTH);
-    const int error = encode<T>(&p.maps[i], x.data, {x.n, x.h, x.w}, c.n, c.h, c.w, x.channels,
-                                {F::SPAN / 2, PITCH, F::HEIGHT / F::BOXES}, F::SPAN);
-    if (error) return error;
-  }
+  const auto take = [&](int i, const Features& x, int64_t h, int64_t w, const int (&box)[3], int span) {
+    p.chunks[i] = x.data ? int(x.channels / F::DEPTH) : 0;
+    return x.data ? encode<T>(&p.maps[i], x.data, {x.n, x.h, x.w}, c.n, h, w, x.channels, box, span) : 0;
+  };
+  for (int i = 0; i < SOURCES; ++i)
+    if (const int error = take(i, c.sources[i], c.h, c.w, {F::SPAN / 2, PITCH, F::HEIGHT / F::BOXES}, F::SPAN))
+      return error;
+  if (c.below.data && !SHORTCUT) return cudaErrorInvalidValue;
+  if (const int error = take(SOURCES, c.below, c.h / 2, c.w / 2, {F::DEPTH, F::LOW_WIDTH, F::LOW_HEIGHT}, 16))
+    return error;
   p.h = int(c.h), p.w = int(c.w);
   p.across = (p.w + WIDTH - 1) / WIDTH, p.down = (p.h + F::CUT.height - 1) / F::CUT.height;
   p.tiles = c.n * p.across * p.down;

@@ -23,11 +23,13 @@ struct Weights {
 
 constexpr int SOURCES = 2;
 
-// out = relu(3x3 convolution of the sources, one after the other, + bias), with zero padding.
+// out = relu(3x3 convolution of the sources, one after the other, + bias), with zero padding. The last source, `below`,
+// has half the height and width and gets upsampled, bilinear with aligned corners, on its way into the tile; only with
+// a shortcut.
 struct Convolution {
   bool planes;  // how pixels lie in shared memory: see `Form`
   int64_t n, h, w;
-  Features sources[SOURCES];
+  Features sources[SOURCES], below;
   Weights weights;
   Features out;
   bool relu, residual_before, residual_after;  // residual: what out holds is added, before or after the ReLU

@@ -40,15 +40,16 @@ template <typename T>
 void define_for(py::module_& module) {
   module.def(
       "convolve",
-      [](bool planes, const Size& size, const Tensor& first, const Tensor& second, const Matrix& weights,
-         const Tensor& out, bool relu, bool residual_before, bool residual_after, const Tensor& pooled, uintptr_t sums,
-         int64_t sum_channels, const Matrix& shortcut, const Tensor& shortcut_out, bool shortcut_relu,
-         uintptr_t stream) {
+      [](bool planes, const Size& size, const Tensor& first, const Tensor& second, const Tensor& below,
+         const Matrix& weights, const Tensor& out, bool relu, bool residual_before, bool residual_after,
+         const Tensor& pooled, uintptr_t sums, int64_t sum_channels, const Matrix& shortcut, const Tensor& shortcut_out,
+         bool shortcut_relu, uintptr_t stream) {
         const Convolution convolution{planes,
                                       size[0],
                                       size[1],
                                       size[2],
                                       {features(first), features(second)},
+                                      features(below),
                                       weights_of(weights),
                                       features(out),
                                       relu,
@@ -62,10 +63,10 @@ void define_for(py::module_& module) {
                                       shortcut_relu};
         check("convolve", convolve<T>(convolution, pointer<void>(stream)));
       },
-      py::kw_only(), py::arg("planes"), py::arg("size"), py::arg("first"), py::arg("second"), py::arg("weights"),
-      py::arg("out"), py::arg("relu"), py::arg("residual_before"), py::arg("residual_after"), py::arg("pooled"),
-      py::arg("sums"), py::arg("sum_channels"), py::arg("shortcut"), py::arg("shortcut_out"), py::arg("shortcut_relu"),
-      py::arg("stream"));
+      py::kw_only(), py::arg("planes"), py::arg("size"), py::arg("first"), py::arg("second"), py::arg("below"),
+      py::arg("weights"), py::arg("out"), py::arg("relu"), py::arg("residual_before"), py::arg("residual_after"),
+      py::arg("pooled"), py::arg("sums"), py::arg("sum_channels"), py::arg("shortcut"), py::arg("shortcut_out"),
+      py::arg("shortcut_relu"), py::arg("stream"));
   module.def(
       "scale",
       [](int64_t n, uintptr_t weights, int64_t vectors, int64_t inner, int64_t taps, int64_t eighths, uintptr_t factors,

@@ -129,10 +129,10 @@ __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b);
 #define SCOAT_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define SCOAT_R16 SCOAT_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define SCOAT_R32 SCOAT_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SCOAT_R64                                                                                    \
-  SCOAT_R32                                                                                          \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SCOAT_R64                                                                                \
+  SCOAT_R32                                                                                      \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SCOAT_MULTIPLY(T, type, n, registers, a_at, b_at, ...)                                                         \
   template <>                                                                                                          \
   __device__ __forceinline__ void multiply<T, n>(float* d, uint64_t a, uint64_t b) {                                   \

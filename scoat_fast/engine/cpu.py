@@ -48,6 +48,11 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
 rows = reference.rows  # features are scaled here, too
 
 
+def upsamples(step: Convolve) -> bool:
+    """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
+    return False
+
+
 def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
     """What runs a step in rows of ``width`` pixels, for people to read."""
     match step:

@@ -8,8 +8,8 @@ upsampled and gated, is a buffer of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..model import ATTENTION_NODES, LEVELS, SCOATNet
@@ -67,8 +67,9 @@ class Convolve:
     """out = relu(convolution of the concatenated sources + bias), of ``size`` 3 with zero padding, or 1.
 
     ``scale`` [N, channels of all sources] multiplies the channels of the sources, or those of the weights, for which
-    ``scaled`` has room. ``residual`` adds what ``out`` holds already, "before" the ReLU or "after" it. ``pooled`` takes
-    the maxima of 2x2 pixels of ``out``, ``sums`` its sums.
+    ``scaled`` has room. ``below`` is a last source of half the height and width, upsampled on the way in, for backends
+    that can (see ``build``). ``residual`` adds what ``out`` holds already, "before" the ReLU or "after" it. ``pooled``
+    takes the maxima of 2x2 pixels of ``out``, ``sums`` its sums.
     """
 
     level: int
@@ -76,6 +77,7 @@ class Convolve:
     size: int
     sources: tuple[Slice, ...]
     out: Slice
+    below: Slice | None = None
     relu: bool = True
     scale: Slice | None = None
     scaled: Slice | None = None
@@ -86,7 +88,7 @@ class Convolve:
 
     @property
     def channels(self) -> int:
-        return sum(source.channels for source in self.sources)
+        return sum(source.channels for source in (*self.sources, *([self.below] if self.below else [])))
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def reads(step: Step) -> list[Slice]:
     """What a step reads."""
     match step:
         case Convolve():
-            given = [*step.sources, step.scale, step.out if step.residual else None]
+            given = [*step.sources, step.below, step.scale, step.out if step.residual else None]
         case Attend():
             given = [step.row, step.below]
         case Gate():
@@ -195,20 +197,26 @@ class Plan:
         return lives | {name: (lives[name][0], len(self.steps)) for name in self.outputs}
 
 
-def build(net: SCOATNet, mask: bool = False, attention: bool = False) -> Plan:
+def build(
+    net: SCOATNet,
+    mask: bool = False,
+    attention: bool = False,
+    upsamples: Callable[[Convolve], bool] = lambda step: False,
+) -> Plan:
     """The plan of a network's forward pass.
 
     Args:
         net: only its form is read; its weights are named as its modules are (see ``pack``).
         mask: the last head gives a mask, and no other head runs; else logits of all heads that the network returns.
         attention: keep the attention maps until the end.
+        upsamples: whether a backend runs a convolution with a source ``below``; else a ``Gate`` comes before it.
     """
-    return _Builder(net, mask, attention).plan()
+    return _Builder(net, mask, attention, upsamples).plan()
 
 
 class _Builder:
-    def __init__(self, net: SCOATNet, mask: bool, attention: bool):
-        self.net, self.mask, self.attention = net, mask, attention
+    def __init__(self, net: SCOATNet, mask: bool, attention: bool, upsamples: Callable[[Convolve], bool]):
+        self.net, self.mask, self.attention, self.upsamples = net, mask, attention, upsamples
         self.width = [net.width * 2**i for i in range(LEVELS)]
         self.paper, self.residual = net.equations == "paper", net.block == "res"
         self.buffers: dict[str, Buffer] = {}
@@ -262,30 +270,44 @@ class _Builder:
         return self.new(f"sums{i}_{j}", "sums", self.width[i], i)
 
     def block(
-        self, i: int, j: int, sources: tuple[Slice, ...], scale: Slice | None = None, pooled: Slice | None = None
+        self,
+        i: int,
+        j: int,
+        sources: tuple[Slice, ...],
+        scale: Slice | None = None,
+        pooled: Slice | None = None,
+        below: Slice | None = None,
     ):
-        """The two convolutions of a node."""
-        name, out, gated = f"conv{i}_{j}", self.node(i, j), scale is not None
+        """The two convolutions of a node; ``below`` is upsampled, and comes after the sources."""
+        name, out, recalibrated = f"conv{i}_{j}", self.node(i, j), scale is not None
         between = self.new(f"between{i}_{j}", "features", self.width[i], i, self.spare(i, j))
         shortcut = residual = scaled = None
-        if gated:
+        if recalibrated:
             scaled = self.new(f"scaled{i}_{j}", "weights", scale.channels, i)
-        if gated or self.residual:
-            apart = gated and self.paper
-            shortcut = Shortcut(f"{name}.downsample", out, relu=apart, scaled=gated and not apart)
+        if recalibrated or self.residual:
+            apart = recalibrated and self.paper
+            shortcut = Shortcut(f"{name}.downsample", out, relu=apart, scaled=recalibrated and not apart)
             residual = "after" if apart else "before"
+        first = Convolve(i, f"{name}.conv1", 3, sources, between, scale=scale, scaled=scaled, shortcut=shortcut)
+        if below is not None:
+            fused = replace(first, below=below)
+            if self.upsamples(fused):
+                first = fused
+            else:
+                gated = self.new(f"gated{i}_{j}", "features", below.channels, i)
+                self.steps.append(Gate(i, below, gated))
+                first = replace(first, sources=(*sources, gated))
         self.steps += [
-            Convolve(i, f"{name}.conv1", 3, sources, between, scale=scale, scaled=scaled, shortcut=shortcut),
+            first,
             Convolve(i, f"{name}.conv2", 3, (between,), out, residual=residual, pooled=pooled, sums=self.sums(i, j)),
         ]
 
     def inner_node(self, i: int, j: int) -> None:
         row, below, name = self.row(i, j), self.node(i + 1, j - 1), f"{i}_{j}"
-        gated = self.new(f"gated{name}", "features", below.channels, i)
         if i == 0:
-            self.steps.append(Gate(0, below, gated))
-            self.block(0, j, (row, gated))
+            self.block(0, j, (row,), below=below)
             return
+        gated = self.new(f"gated{name}", "features", below.channels, i)
         projected = self.new(f"projected{name}", "wide", self.width[i], i + 1)
         attention = self.new(f"attention{name}", "map", 1, i)
         sums = self.new(f"gated_sums{name}", "sums", below.channels, i)
@@ -372,5 +394,5 @@ def summary(step: Step) -> str:
     parts = [type(step).__name__.lower()]
     if isinstance(step, Convolve):
         parts[0] += f" {step.size}x{step.size}"
-    sources = " + ".join(str(used) for used in reads(step))
+    sources = " + ".join(f"up({used})" if used is getattr(step, "below", None) else str(used) for used in reads(step))
     return f"{parts[0]:13}{sources} -> {', '.join(str(used) for used in writes(step))}"

@@ -1,6 +1,6 @@
 """The plan in operators of PyTorch, on any device and in any dtype: the definition of what each step does.
 
-float8 is only stored: what is multiplied are the same numbers in float32. A backend is a module with these six
+float8 is only stored: what is multiplied are the same numbers in float32. A backend is a module with these seven
 functions.
 """
 
@@ -32,6 +32,11 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
 def rows(step: Convolve) -> int:
     """How many rows of weights a recalibrated step wants for each slice: none, as features are scaled here."""
     return 0
+
+
+def upsamples(step: Convolve) -> bool:
+    """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
+    return False
 
 
 def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -68,7 +73,8 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
 
 def _convolve(step: Convolve, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
-        given = torch.cat([_read(view(source)) for source in step.sources], 1)
+        below = [] if step.below is None else [_up(_read(view(step.below)))]
+        given = torch.cat([*(_read(view(source)) for source in step.sources), *below], 1)
         x = given if step.scale is None else given * view(step.scale)[:, :, None, None].to(given.dtype)
         y = F.conv2d(x, *weights[step.weights], padding=step.size // 2)
         if step.residual == "before":

@@ -190,7 +190,8 @@ class Engine:
         self.net, self.device, self.dtype, self.batch_sizes = net, device, dtype, tuple(sorted(set(batch_sizes)))
         self.size, self.in_channels = size, net.in_channels
         self.backend, self._module, self.refusals = _choose(backend, device, dtype)
-        self._plans = {key: plans.build(net, *key) for key in ((False, False), (False, True), (True, False))}
+        keys = ((False, False), (False, True), (True, False))
+        self._plans = {key: plans.build(net, *key, self._module.upsamples) for key in keys}
         if calibration is not None:
             self._check(calibration := calibration.to(device))
             given = pad_to_multiple(calibration.float(), FACTOR)

@@ -42,8 +42,9 @@ def why_triton(step: Step) -> str | None:
     if not _native._C.hopper.has_kernel(step.out.channels):
         return f"gives {step.out.channels} channels, and there are kernels for 16, 32, 64 and 128"
     depth = _cut(step).depth
-    if any(source.channels % depth for source in step.sources):
-        counts = " + ".join(str(source.channels) for source in step.sources)
+    sources = [*step.sources, *([step.below] if step.below is not None else [])]
+    if any(source.channels % depth for source in sources):
+        counts = " + ".join(str(source.channels) for source in sources)
         return f"takes {counts} channels, and multiples of {depth} are wanted"
     return None
 
@@ -62,6 +63,11 @@ def rows(step: Convolve) -> int:
         return triton.rows(step)
     shortcut = step.shortcut is not None and step.shortcut.scaled
     return (3 * _cut(step).slots + shortcut) * step.out.channels
+
+
+def upsamples(step: Convolve) -> bool:
+    """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
+    return step.shortcut is not None and why_triton(step) is None
 
 
 def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -101,6 +107,7 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
         "size": tuple(out.shape[:3]),
         "first": _features(view(step.sources[0])),
         "second": _features(view(step.sources[1])) if len(step.sources) > 1 else None,
+        "below": None if step.below is None else _features(view(step.below)),
         "weights": main,
         "out": _features(out),
         "relu": step.relu,

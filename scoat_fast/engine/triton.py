@@ -84,6 +84,11 @@ def rows(step: Convolve) -> int:
     return taps * _padded(step.out.channels)
 
 
+def upsamples(step: Convolve) -> bool:
+    """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
+    return False
+
+
 def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
     """What runs a step in rows of ``width`` pixels, for people to read: with its tile, and how it is read."""
     match step:

@@ -135,6 +135,8 @@ inline void run(unsigned blocks, dim3 block, std::function<void()> kernel) {
 
 inline void __syncthreads() { emulated::meet(-1, blockDim.x * blockDim.y * blockDim.z); }
 
+inline void __syncwarp() { emulated::meet(int(emulated::current / 32), 32); }
+
 template <typename T>
 T shuffled(unsigned mask, T value, unsigned other) {
   static_assert(sizeof(T) == 4);

@@ -176,7 +176,7 @@ int encode(CUtensorMap* map, const void* data, const int64_t (&steps)[3], int64_
           {channels, w, h, n},
           {box[0], box[1], box[2]},
           span};
-  bool allowed = reinterpret_cast<uintptr_t>(data) % 16 == 0 && box[0] * 2 <= span;
+  bool allowed = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (span == 16 || box[0] * 2 <= span);
   for (int64_t bytes : {map->steps[1], map->steps[2], map->steps[3]}) allowed = allowed && bytes % 16 == 0;
   for (int size : map->box) allowed = allowed && size <= 256;
   return allowed ? cudaSuccess : cudaErrorInvalidValue;
