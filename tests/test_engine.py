@@ -456,6 +456,34 @@ def test_bad_options():
     net.conv2_1.bn1 = torch.nn.GroupNorm(1, 32)
     with pytest.raises(ValueError, match="folds BatchNorm layers with running statistics, got GroupNorm"):
         scoat_fast.compile(net)
+    net.conv2_1.bn1 = torch.nn.BatchNorm2d(32, affine=False)
+    with pytest.raises(ValueError, match="folds BatchNorm layers with running statistics, got BatchNorm2d"):
+        scoat_fast.compile(net)
+
+
+@pytest.mark.parametrize(("name", "layer"), [
+    ("conv0_0.conv2", torch.nn.Conv2d(8, 8, 3, padding=2, dilation=2)),
+    ("conv0_0.conv2", torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)),
+    ("conv0_0.conv2", torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")),
+    ("conv0_0.conv2", torch.nn.Conv2d(8, 8, 3, padding=1, bias=False)),
+    ("conv2_1.ca.fc.1", torch.nn.SiLU()),
+    ("pool", torch.nn.AvgPool2d(2, 2)),
+    ("final", torch.nn.Conv2d(8, 2, 3, padding=1)),
+    ("conv1_1", torch.nn.Identity()),
+], ids=str)  # fmt: skip
+def test_other_layers_are_refused(name, layer):
+    """No kernel reads weights of a shape that is not the plan's."""
+    net = trained(width=8)
+    net.set_submodule(name, layer)
+    with pytest.raises(ValueError, match=rf"layers of SCOATNet: wanted .* as {name}, got {type(layer).__name__}\("):
+        scoat_fast.compile(net, size=32)
+
+
+def test_layers_that_compute_the_same_are_taken():
+    net, x = trained(width=8), torch.rand(1, 1, 32, 32)
+    torch.nn.utils.parametrizations.weight_norm(net.conv0_0.conv1)
+    net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert relative(scoat_fast.compile(net, size=32)(x), double(trained(width=8), x)) < 1e-5
 
 
 @native

@@ -95,7 +95,8 @@ def compile(
 
     Raises:
         BackendRefused: a RuntimeError, if the backend that was asked for cannot run here: with the reason.
-        ValueError: for an argument out of its range, or a network with another forward pass than SCOATNet's.
+        ValueError: for an argument out of its range, or a network with another forward pass or other layers than
+            SCOATNet's.
         WeightsError: if the network's weights are not finite.
     """
     device = _indexed(torch.device(device) if device is not None else next(net.parameters()).device)
