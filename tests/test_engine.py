@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 import subprocess
 import sys
 import threading
@@ -263,6 +264,26 @@ def test_results_are_the_callers_own():
     assert torch.equal(first, before)
 
 
+def test_calls_outlive_their_engine():
+    """What a call reads and writes is there as long as the call."""
+    engine = scoat_fast.compile(trained(width=8), size=32)
+    calls = engine.calls(1)
+    used = [x for step in engine.plan.steps for pair in engine._packed[step].values() for x in pair]
+    used += engine._ready[1, 32, 32, False, False]._outputs
+    alive = [weakref.ref(x) for x in used]
+    del engine, used
+    assert all(x() is not None for x in alive)
+    for _, call in calls:
+        call()
+
+
+def test_an_engine_is_of_its_process():
+    engine = scoat_fast.compile(trained(width=3), size=16)
+    for leave in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="an engine cannot be copied or pickled, its network can"):
+            leave(engine)
+
+
 def test_the_network_stays_as_it_was():
     net = trained(width=8).train()
     net.conv2_1.bn1.eval()  # frozen
@@ -420,6 +441,7 @@ def test_bad_input():
         (torch.rand(1, 3, 32, 32), r"wants \[N, 1, H, W\], got \(1, 3, 32, 32\)"),
         (torch.rand(1, 1, 0, 32), "wants"),
         (torch.rand(32, 32), "wants"),
+        (np.zeros((1, 1, 32, 32), np.float32), "the engine wants a tensor, got ndarray"),
         (torch.ones(1, 1, 32, 32, dtype=torch.int16), "floating-point numbers, got torch.int16"),
         (torch.rand(1, 1, 32, 32, device="meta"), "the engine is on cpu, the batch on meta"),
     ):
@@ -436,7 +458,11 @@ def test_bad_options():
         ({"backend": "tpu"}, ValueError, "got 'tpu'"),
         ({"batch_sizes": ()}, ValueError, "batch sizes"),
         ({"batch_sizes": (0,)}, ValueError, "batch sizes"),
+        ({"batch_sizes": 8}, ValueError, "batch sizes from 1 on are wanted, got 8"),
+        ({"batch_sizes": (1, 2.5)}, ValueError, r"batch sizes from 1 on are wanted, got \(1, 2.5\)"),
         ({"size": 0}, ValueError, "height and width"),
+        ({"size": 32.0}, ValueError, "a height and width from 1 on are wanted, got 32.0"),
+        ({"size": (1, 32, 32)}, ValueError, r"a height and width from 1 on are wanted, got \(1, 32, 32\)"),
         ({"backend": "cpu", "dtype": torch.bfloat16}, RuntimeError, "computes in float32, not in bfloat16"),
     ):
         with pytest.raises(error, match=reason):
