@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +309,13 @@ def test_discs_are_there_to_be_found():
 def test_the_readme_says_what_the_results_say():
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, root / "benchmarks" / "report.py", "--check"], check=True)
+
+
+def test_the_report_names_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    with pytest.raises(SystemExit, match=r"^report\.py: a study needs scipy: pip install 'scoat-fast\[study\]'$"):
+        runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "report.py"), run_name="__main__")
 
 
 def test_a_chart_names_what_it_needs(tmp_path, monkeypatch):
