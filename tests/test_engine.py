@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from engine_steps import run_steps, trained
+from engine_steps import run_in_place, run_steps, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -206,6 +206,18 @@ def test_every_step_of_the_cpu_backend(form, shape, options):
 
 
 @native
+@pytest.mark.parametrize(("form", "size"), [({"width": 32}, (512, 512)), ({"width": 5}, (304, 208))], ids=str)
+def test_every_step_of_the_cpu_backend_at_full_size(form, size):
+    """Of the published network, and of an odd one: in the memory where they run, so that none spoils another's."""
+    net, steps = trained(**form), set()
+    for outcome in run_in_place(scoat_fast.compile(net, backend="cpu", size=size), net):
+        ours, stock, largest = outcome.errors
+        assert ours <= SLACK["cpu"] * stock + FLOOR * max(largest, 1), (plan.summary(outcome.step), ours, stock)
+        steps.add(outcome.step)
+    assert steps == set(plan.build(net).steps)
+
+
+@native
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (50, 37), (64, 80)])
 def test_the_cpu_backend_is_as_exact_as_torch(form, size):
@@ -252,7 +264,10 @@ def test_bits_are_equal_for_any_batch_size_and_order(width):
         assert torch.equal(scoat_fast.compile(net, size=32)(x), one)
     torch.set_num_threads(1)
     mask = scoat_fast.compile(net, size=32).mask(x, 0.4)
-    assert torch.equal(scoat_fast.compile(net, size=32, batch_sizes=(8,)).mask(x, 0.4), mask)
+    for sizes in ((1, 3), (8,)):
+        engine = scoat_fast.compile(net, size=32, batch_sizes=sizes)
+        assert torch.equal(engine.mask(x, 0.4), mask)
+        assert torch.equal(engine.mask(x[[3, 0, 4, 2, 1]], 0.4), mask[[3, 0, 4, 2, 1]])
 
 
 def test_results_are_the_callers_own():
