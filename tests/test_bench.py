@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import scoat_fast
 from scoat_fast import clock, ops
 from scoat_fast.bench import calls, check, machine, table
 from scoat_fast.bench import cohort as cohort_bench
@@ -375,6 +376,10 @@ def test_model_rows_are_checked_before_they_are_timed(tmp_path, monkeypatch, cap
         assert row["us_per_slice"] > 0 and row["percent_of_floor"] > 0
         assert row["error"] < 1e-5
         assert {"name", "width", "batch", "dtype", "us_per_slice", "peak_mib", "error"} <= row.keys()
+        assert (row["peak_mib"] is None) == row["name"].startswith("ONNX")
+    peaks = {row["name"]: row["peak_mib"] for row in result["rows"]}
+    held = scoat_fast.compile(model.SCOATNet(width=3), backend="reference", batch_sizes=(2,), size=32).memory_bytes
+    assert held / 2**20 <= peaks["engine reference float32"] and peaks["eager float32"] > 0
     assert len(result["steps"]) == 59 and len(result["convolutions"]) == 20
     assert all(row["us_per_slice"] > 0 for part in ("steps", "convolutions") for row in result[part])
     for row in result["steps"]:
