@@ -1,5 +1,7 @@
 """Draws the charts and writes the tables of the documents from the files under ``benchmarks/results/``.
 
+Needs pip install '.[bench,study]'.
+
 python benchmarks/report.py            # after new results were put there
 python benchmarks/report.py --check    # fails where a document does not say what the files say
 """
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 
 from scoat_fast.bench.chart import draw, table
+from scoat_fast.errors import ScoatFastError
 from scoat_fast.study.tables import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,12 +38,16 @@ def main() -> int:
         for document in old:
             print(f"{document.name}: its tables are not those of benchmarks/results; run python benchmarks/report.py")
         return 1 if old else 0
-    for document in DOCUMENTS:
-        document.write_text(anew(document))
+    texts = {document: anew(document) for document in DOCUMENTS}  # all, or none is written
+    for document, text in texts.items():
+        document.write_text(text)
     for path in sorted(path for kind in ("ops", "model", "train") for path in RESULTS.glob(f"{kind}*.json")):
         draw(path, PICTURES / f"{path.stem}.png")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except ScoatFastError as error:
+        raise SystemExit(f"report.py: {error}") from None

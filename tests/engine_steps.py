@@ -1,9 +1,9 @@
-"""Single steps of a plan, run by a backend on inputs that a float64 run of the plan left in its buffers."""
+"""Single steps of a plan: run by a backend on what a float64 run of the plan left in its buffers, or in place."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from scoat_fast import SCOATNet
 from scoat_fast.engine import pack, plan, reference
 from scoat_fast.engine.layout import lay_out, step_dtype, view_of
+from scoat_fast.engine.runner import Engine
 
 
 def trained(**form) -> SCOATNet:
@@ -76,6 +77,53 @@ def run_steps(
                 found = {name: x.double().sum(1) for name, x in found.items()}
             outcomes.append(Outcome(step, used, found["ours"], found["stock"], found["exact"]))
     return outcomes
+
+
+def run_in_place(engine: Engine, net: SCOATNet) -> Iterator[Outcome]:
+    """Runs the steps of an engine of float32 for one slice at its own size, in its own memory, one after the other.
+
+    What a step wrote is held against what stock torch makes of its inputs. Of large 3x3 convolutions that is done in
+    three stripes of rows: at the upper end, in the middle and at the lower end.
+    """
+    whole, weights, device = engine.plan, pack.pack(net), engine.device
+    layout = lay_out(whole, engine._module, 1, *engine.padded_size, device, torch.float32)
+    calls, view = engine.calls(1), view_of(whole, layout.tensors(engine._memory))
+    view(plan.Slice("input", 0, net.in_channels)).uniform_()
+
+    def rows(used: plan.Slice, first: int, last: int, level: int) -> Tensor:
+        buffer = whole.buffers[used.buffer]
+        if buffer.kind in ("scale", "sums"):
+            return view(used)
+        first, last = (number * 2**level >> buffer.level for number in (first, last))
+        return view(used)[:, :, first:last] if buffer.kind == "logits" else view(used)[:, first:last]
+
+    for step, call in calls:
+        height, width = (size >> step.level for size in engine.padded_size)
+        middle = height // 4 * 2
+        stripes = [(0, 4), (middle, middle + 4), (height - 4, height)]
+        if not isinstance(step, plan.Convolve | plan.Head) or height < 16:
+            stripes = [(0, height)]
+        around = [(max(first - 2, 0), min(last + 2, height)) for first, last in stripes]  # pools begin at even rows
+        given = [{used: rows(used, *ends, step.level).clone() for used in plan.reads(step)} for ends in around]
+        call()
+        for inputs, ends, (first, last) in zip(given, around, stripes, strict=True):
+            results = {"ours": {used: rows(used, *ends, step.level) for used in plan.writes(step)}}
+            for name, dtype in (("stock", torch.float32), ("exact", torch.float64)):
+                results[name] = {used: torch.empty_like(x, dtype=dtype) for used, x in results["ours"].items()}
+                results[name] |= {used: x.to(dtype, copy=True) for used, x in inputs.items()}  # some are written, too
+                ready = reference.prepare(step, weights, device, dtype)
+                with torch.no_grad():
+                    reference.bind(step, ready, results[name].__getitem__, height * width)()
+            for used in plan.writes(step):
+                kind, found = whole.buffers[used.buffer].kind, [result[used] for result in results.values()]
+                if kind == "sums":  # of all rows
+                    written = view(step.out)
+                    found = view(used).double().sum(1), written.sum((1, 2)), written.double().sum((1, 2))
+                elif kind != "scale":
+                    down = whole.buffers[used.buffer].level - step.level
+                    start, count = (first - ends[0]) >> down, (last - first) >> down
+                    found = [x.narrow(2 if kind == "logits" else 1, start, count) for x in found]
+                yield Outcome(step, used, *found)
 
 
 def _run(module, step, whole, weights, tensors, shape, dtype) -> dict[str, Tensor]:

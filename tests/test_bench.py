@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import scoat_fast
 from scoat_fast import clock, ops
 from scoat_fast.bench import calls, check, machine, table
 from scoat_fast.bench import cohort as cohort_bench
@@ -310,6 +312,13 @@ def test_the_readme_says_what_the_results_say():
     subprocess.run([sys.executable, root / "benchmarks" / "report.py", "--check"], check=True)
 
 
+def test_the_report_names_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    with pytest.raises(SystemExit, match=r"^report\.py: a study needs scipy: pip install 'scoat-fast\[study\]'$"):
+        runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "report.py"), run_name="__main__")
+
+
 def test_a_chart_names_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ScoatFastError, match=r"scoat-fast\[bench\]"):
@@ -367,6 +376,10 @@ def test_model_rows_are_checked_before_they_are_timed(tmp_path, monkeypatch, cap
         assert row["us_per_slice"] > 0 and row["percent_of_floor"] > 0
         assert row["error"] < 1e-5
         assert {"name", "width", "batch", "dtype", "us_per_slice", "peak_mib", "error"} <= row.keys()
+        assert (row["peak_mib"] is None) == row["name"].startswith("ONNX")
+    peaks = {row["name"]: row["peak_mib"] for row in result["rows"]}
+    held = scoat_fast.compile(model.SCOATNet(width=3), backend="reference", batch_sizes=(2,), size=32).memory_bytes
+    assert held / 2**20 <= peaks["engine reference float32"] and peaks["eager float32"] > 0
     assert len(result["steps"]) == 59 and len(result["convolutions"]) == 20
     assert all(row["us_per_slice"] > 0 for part in ("steps", "convolutions") for row in result[part])
     for row in result["steps"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from engine_steps import run_steps, trained
+from engine_steps import run_in_place, run_steps, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -205,6 +206,18 @@ def test_every_step_of_the_cpu_backend(form, shape, options):
 
 
 @native
+@pytest.mark.parametrize(("form", "size"), [({"width": 32}, (512, 512)), ({"width": 5}, (304, 208))], ids=str)
+def test_every_step_of_the_cpu_backend_at_full_size(form, size):
+    """Of the published network, and of an odd one: in the memory where they run, so that none spoils another's."""
+    net, steps = trained(**form), set()
+    for outcome in run_in_place(scoat_fast.compile(net, backend="cpu", size=size), net):
+        ours, stock, largest = outcome.errors
+        assert ours <= SLACK["cpu"] * stock + FLOOR * max(largest, 1), (plan.summary(outcome.step), ours, stock)
+        steps.add(outcome.step)
+    assert steps == set(plan.build(net).steps)
+
+
+@native
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (50, 37), (64, 80)])
 def test_the_cpu_backend_is_as_exact_as_torch(form, size):
@@ -251,7 +264,10 @@ def test_bits_are_equal_for_any_batch_size_and_order(width):
         assert torch.equal(scoat_fast.compile(net, size=32)(x), one)
     torch.set_num_threads(1)
     mask = scoat_fast.compile(net, size=32).mask(x, 0.4)
-    assert torch.equal(scoat_fast.compile(net, size=32, batch_sizes=(8,)).mask(x, 0.4), mask)
+    for sizes in ((1, 3), (8,)):
+        engine = scoat_fast.compile(net, size=32, batch_sizes=sizes)
+        assert torch.equal(engine.mask(x, 0.4), mask)
+        assert torch.equal(engine.mask(x[[3, 0, 4, 2, 1]], 0.4), mask[[3, 0, 4, 2, 1]])
 
 
 def test_results_are_the_callers_own():
@@ -261,6 +277,26 @@ def test_results_are_the_callers_own():
     before = first.clone()
     engine(torch.rand(1, 1, 32, 32))
     assert torch.equal(first, before)
+
+
+def test_calls_outlive_their_engine():
+    """What a call reads and writes is there as long as the call."""
+    engine = scoat_fast.compile(trained(width=8), size=32)
+    calls = engine.calls(1)
+    used = [x for step in engine.plan.steps for pair in engine._packed[step].values() for x in pair]
+    used += engine._ready[1, 32, 32, False, False]._outputs
+    alive = [weakref.ref(x) for x in used]
+    del engine, used
+    assert all(x() is not None for x in alive)
+    for _, call in calls:
+        call()
+
+
+def test_an_engine_is_of_its_process():
+    engine = scoat_fast.compile(trained(width=3), size=16)
+    for leave in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="an engine cannot be copied or pickled, its network can"):
+            leave(engine)
 
 
 def test_the_network_stays_as_it_was():
@@ -420,6 +456,7 @@ def test_bad_input():
         (torch.rand(1, 3, 32, 32), r"wants \[N, 1, H, W\], got \(1, 3, 32, 32\)"),
         (torch.rand(1, 1, 0, 32), "wants"),
         (torch.rand(32, 32), "wants"),
+        (np.zeros((1, 1, 32, 32), np.float32), "the engine wants a tensor, got ndarray"),
         (torch.ones(1, 1, 32, 32, dtype=torch.int16), "floating-point numbers, got torch.int16"),
         (torch.rand(1, 1, 32, 32, device="meta"), "the engine is on cpu, the batch on meta"),
     ):
@@ -436,7 +473,11 @@ def test_bad_options():
         ({"backend": "tpu"}, ValueError, "got 'tpu'"),
         ({"batch_sizes": ()}, ValueError, "batch sizes"),
         ({"batch_sizes": (0,)}, ValueError, "batch sizes"),
+        ({"batch_sizes": 8}, ValueError, "batch sizes from 1 on are wanted, got 8"),
+        ({"batch_sizes": (1, 2.5)}, ValueError, r"batch sizes from 1 on are wanted, got \(1, 2.5\)"),
         ({"size": 0}, ValueError, "height and width"),
+        ({"size": 32.0}, ValueError, "a height and width from 1 on are wanted, got 32.0"),
+        ({"size": (1, 32, 32)}, ValueError, r"a height and width from 1 on are wanted, got \(1, 32, 32\)"),
         ({"backend": "cpu", "dtype": torch.bfloat16}, RuntimeError, "computes in float32, not in bfloat16"),
     ):
         with pytest.raises(error, match=reason):
@@ -456,6 +497,34 @@ def test_bad_options():
     net.conv2_1.bn1 = torch.nn.GroupNorm(1, 32)
     with pytest.raises(ValueError, match="folds BatchNorm layers with running statistics, got GroupNorm"):
         scoat_fast.compile(net)
+    net.conv2_1.bn1 = torch.nn.BatchNorm2d(32, affine=False)
+    with pytest.raises(ValueError, match="folds BatchNorm layers with running statistics, got BatchNorm2d"):
+        scoat_fast.compile(net)
+
+
+@pytest.mark.parametrize(("name", "layer"), [
+    ("conv0_0.conv2", torch.nn.Conv2d(8, 8, 3, padding=2, dilation=2)),
+    ("conv0_0.conv2", torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)),
+    ("conv0_0.conv2", torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")),
+    ("conv0_0.conv2", torch.nn.Conv2d(8, 8, 3, padding=1, bias=False)),
+    ("conv2_1.ca.fc.1", torch.nn.SiLU()),
+    ("pool", torch.nn.AvgPool2d(2, 2)),
+    ("final", torch.nn.Conv2d(8, 2, 3, padding=1)),
+    ("conv1_1", torch.nn.Identity()),
+], ids=str)  # fmt: skip
+def test_other_layers_are_refused(name, layer):
+    """No kernel reads weights of a shape that is not the plan's."""
+    net = trained(width=8)
+    net.set_submodule(name, layer)
+    with pytest.raises(ValueError, match=rf"layers of SCOATNet: wanted .* as {name}, got {type(layer).__name__}\("):
+        scoat_fast.compile(net, size=32)
+
+
+def test_layers_that_compute_the_same_are_taken():
+    net, x = trained(width=8), torch.rand(1, 1, 32, 32)
+    torch.nn.utils.parametrizations.weight_norm(net.conv0_0.conv1)
+    net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert relative(scoat_fast.compile(net, size=32)(x), double(trained(width=8), x)) < 1e-5
 
 
 @native

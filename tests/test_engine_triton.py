@@ -35,7 +35,8 @@ def family(request, monkeypatch):
     ({"width": 8}, (2, 16, 32), torch.float16, {}),
     ({"width": 3, "equations": "paper"}, (1, 16, 16), torch.float32, {"mask": True}),
     ({"width": 16, "block": "vgg", "in_channels": 3, "out_channels": 2}, (1, 16, 48), torch.float32, {}),
-], ids=["float16", "odd channels", "vgg"])  # fmt: skip
+    ({"width": 8, "block": "vgg", "equations": "paper"}, (1, 16, 16), torch.float16, {}),  # what the first lacks
+], ids=["float16", "odd channels", "vgg", "float16 vgg paper"])  # fmt: skip
 def test_every_step(family, form, shape, dtype, options):
     for outcome in run_steps(trained(**form), "triton", dtype, shape, **options):
         if outcome.slice.buffer == "mask":

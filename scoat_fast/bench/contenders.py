@@ -36,6 +36,7 @@ class Contender:
     dtype: torch.dtype
     start: Callable[[SCOATNet, Tensor], Call]
     tf32: bool = False
+    in_torch: bool = True  # whether its memory is of PyTorch's allocator, which can tell the peak
 
     @property
     def bound(self) -> float:
@@ -64,7 +65,7 @@ def contenders(device: torch.device, compile: bool, autotune: bool = False) -> I
             yield Contender(f"compile {mode} bfloat16 channels_last", half, _stock(half, last, mode))
     else:
         if all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
-            yield Contender("ONNX Runtime float32", single, _onnx_runtime)
+            yield Contender("ONNX Runtime float32", single, _onnx_runtime, in_torch=False)
         if compile:
             yield Contender("compile float32", single, _stock(single, contiguous, "default"))
 
@@ -128,6 +129,11 @@ class _Run:
 
     def __call__(self) -> Tensor:
         return self.engine(self.x)
+
+    @property
+    def held_bytes(self) -> int:
+        """The features, which are there between calls, too."""
+        return self.engine.memory_bytes
 
     def mask(self, threshold: float) -> Tensor:
         return self.engine.mask(self.x, threshold)

@@ -46,9 +46,10 @@ def run(
     Returns:
         What the file holds: the machine, ``copy_gb_per_s`` and ``matrix_tflop_per_s`` by dtype, and ``rows`` with
         ``name, width, batch, size, dtype, us_per_slice, peak_mib, error, percent_of_floor, reason``; times are null
-        where ``reason`` is not, the peak where not on a GPU. The floor is what those two rates leave for the bytes
-        and operations of a direct convolution: Winograd's algorithm may be faster. With ``details`` also ``steps``,
-        the engine's steps one by one, and ``convolutions``, what PyTorch's own reach at the network's shapes.
+        where ``reason`` is not, the peak for ONNX Runtime, too. On a CPU the peak is without weights and input. The
+        floor is what those two rates leave for the bytes and operations of a direct convolution: Winograd's algorithm
+        may be faster. With ``details`` also ``steps``, the engine's steps one by one, and ``convolutions``, what
+        PyTorch's own reach at the network's shapes.
     """
     result = {**facts(device, commit), "copy_gb_per_s": copy_gb_per_s(device, 0.5)}
     dtypes = (torch.float32, *HALVES) if device.type == "cuda" else (torch.float32,)
@@ -106,8 +107,9 @@ def measure(contender: Contender, net: SCOATNet, x: Tensor, exact: Tensor, secon
             row["reason"] = wrong(contender, row["error"], found, exact, getattr(call, "mask", None))
             if row["reason"] is not None:
                 return row
-            if x.is_cuda:
-                row["peak_mib"] = peak_bytes(call, x.device) / 2**20
+            if contender.in_torch:
+                held = 0 if x.is_cuda else getattr(call, "held_bytes", 0)  # a GPU's peak has it in it
+                row["peak_mib"] = (peak_bytes(call, x.device) + held) / 2**20
             row["us_per_slice"] = median_ms(call, x.device, seconds) * 1000 / len(x)
     except Exception as failure:  # out of memory, say: the other rows keep their numbers
         row["reason"] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"

@@ -98,7 +98,11 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
         kernel, arguments = ("attend", _attend(step, weights, view)) if isinstance(step, Attend) else (
             "output", _output(step, weights, view))  # fmt: skip
     call = getattr(_C.cpu, kernel)
-    return lambda: call(**arguments, threads=torch.get_num_threads())
+
+    def run(kept=(weights, view)) -> None:  # the arguments are addresses in these
+        call(**arguments, threads=torch.get_num_threads())
+
+    return run
 
 
 def _convolve(step: Convolve, weights: Weights, view: View) -> dict:

@@ -21,11 +21,12 @@ def pack(net: SCOATNet) -> Weights:
     [C / 16, C] and [C, C / 16].
 
     Raises:
-        ValueError: for a network that computes something else than SCOATNet.
+        ValueError: for a network that computes something else than SCOATNet, or has other layers.
         WeightsError: if a folded weight is not finite: a network with NaN in it would answer everything with nothing.
     """
     if not isinstance(net, SCOATNet) or type(net).forward is not SCOATNet.forward:
         raise ValueError(f"the engine knows the forward pass of SCOATNet, not that of {type(net).__name__}")
+    _check_layers(net)
     found: Weights = {}
     for name, module in net.named_children():
         if isinstance(module, PlainBlock):
@@ -46,9 +47,33 @@ def pack(net: SCOATNet) -> Weights:
     return found
 
 
+def _check_layers(net: SCOATNet) -> None:
+    """Raises ValueError where a layer is not what SCOATNet has there: a plan is of those, and kernels trust it.
+
+    Normalisation is left to ``fold``.
+    """
+    with torch.device("meta"):
+        form = SCOATNet(net.in_channels, net.out_channels, net.width, net.block, net.has_heads, net.equations)
+    found = dict(net.named_modules(remove_duplicate=False))
+    for name, wanted in form.named_modules():
+        layer = found.get(name)
+        if isinstance(wanted, _BatchNorm):
+            continue
+        if getattr(type(layer), "forward", None) is not type(wanted).forward or _line(layer) != _line(wanted):
+            raise ValueError(
+                f"the engine knows the layers of SCOATNet: wanted {type(wanted).__name__}({_line(wanted)}) as {name}, "
+                f"got {type(layer).__name__}({_line(layer)})"
+            )
+
+
+def _line(layer: nn.Module | None) -> str:
+    """What a layer prints about itself, without those in it."""
+    return "" if layer is None else layer.extra_repr()
+
+
 def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """A convolution that does what a convolution and a BatchNorm in evaluation mode do."""
-    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None or norm.weight is None:
         raise ValueError(f"the engine folds BatchNorm layers with running statistics, got {norm}")
     scale = _exact(norm.weight) / torch.sqrt(_exact(norm.running_var) + norm.eps)
     bias = (_exact(convolution.bias) - _exact(norm.running_mean)) * scale + _exact(norm.bias)

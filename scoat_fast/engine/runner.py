@@ -10,7 +10,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -96,7 +98,8 @@ def compile(
 
     Raises:
         BackendRefused: a RuntimeError, if the backend that was asked for cannot run here: with the reason.
-        ValueError: for an argument out of its range, or a network with another forward pass than SCOATNet's.
+        ValueError: for an argument out of its range, or a network with another forward pass or other layers than
+            SCOATNet's.
         WeightsError: if the network's weights are not finite.
     """
     device = _indexed(torch.device(device) if device is not None else next(net.parameters()).device)
@@ -107,17 +110,17 @@ def compile(
     if dtype not in DTYPES:
         raise ValueError(f"the dtype must be one of {', '.join(str(d)[6:] for d in DTYPES)}, got {dtype}")
     batch_sizes = BATCH_SIZES.get(device.type, (1,)) if batch_sizes is None else batch_sizes
-    if not batch_sizes or min(batch_sizes) < 1:
+    if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(map(_is_count, batch_sizes)):
         raise ValueError(f"batch sizes from 1 on are wanted, got {batch_sizes}")
     size = getattr(getattr(net, "pretrained", None), "size", SIZE) if size is None else size
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
+    shape = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(shape) != 2 or not all(map(_is_count, shape)):
         raise ValueError(f"a height and width from 1 on are wanted, got {size}")
     if (dtype == FLOAT8) != (calibration is not None):
         raise ValueError(f"calibration slices are wanted for float8_e4m3fn and for nothing else, got {dtype}")
     if calibration is not None and not len(calibration):
         raise ValueError("at least one calibration slice is wanted, got none")
-    options = (batch_sizes, (height, width), calibration, autotune)
+    options = (tuple(map(int, batch_sizes)), tuple(map(int, shape)), calibration, autotune)
     engine = Engine(net, device, dtype, backend, *options)
     if backend is not None or engine.backend == "reference":
         engine.get_ready()
@@ -172,7 +175,7 @@ class Engine:
     """A trained network as its fastest forward pass; see ``scoat_fast.compile``, which makes one.
 
     An engine holds its own copy of the weights, and memory that all its calls use: several threads may call it, on any
-    CUDA streams; one after the other is served.
+    CUDA streams; one after the other is served. It stays in its process: it can be neither copied nor pickled.
     """
 
     def __init__(
@@ -336,6 +339,8 @@ class Engine:
                 self._last.record(stream)
 
     def _check(self, batch: Tensor) -> None:
+        if not isinstance(batch, Tensor):
+            raise ValueError(f"the engine wants a tensor, got {type(batch).__name__}")
         if batch.ndim != 4 or batch.shape[1] != self.in_channels or 0 in batch.shape[2:]:
             raise ValueError(f"the engine wants [N, {self.in_channels}, H, W], got {tuple(batch.shape)}")
         if batch.device != self.device:
@@ -365,6 +370,9 @@ class Engine:
             pixels = (height >> step.level) * (width >> step.level)
             calls.append(self._module.bind(step, self._packed[step], view, pixels))
         return _Prepared(tensors, calls, plan, self._pool)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an engine cannot be copied or pickled, its network can: compile that again where it is wanted")
 
     def __str__(self) -> str:
         from .describe import describe
@@ -457,6 +465,10 @@ def _indexed(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, Integral) and number >= 1
 
 
 def _padded(height: int, width: int) -> tuple[int, int]:

@@ -122,7 +122,7 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
     }
     calls.append((_functions(out.dtype).convolve, arguments))
 
-    def run() -> None:
+    def run(kept=(weights, view)) -> None:  # the arguments are addresses in these
         with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
             stream = torch.cuda.current_stream().cuda_stream if out.is_cuda else 0
             for call, given in calls:
