@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import scoat_fast.model
@@ -129,6 +130,24 @@ def test_what_is_forgotten_lives_as_long_as_it_is_needed():
     assert len(calls) == 1 and calls[0]() is None  # made once for both that keep it, and gone
     torch.testing.assert_close(x.grad, 2 * w.detach() + 8 * x.detach())
     torch.testing.assert_close(w.grad, 2 * x.detach() + 3 * (3 * w.detach()).exp())
+
+
+def test_what_an_operation_keeps_of_its_own_result_is_forgotten_too():
+    x, calls = torch.rand(5, requires_grad=True), []
+
+    def make(x):
+        calls.append(1)
+        return x.exp()
+
+    with recomputing():
+        y = forget(x.exp(), make, x)  # exp keeps its result
+        memory = StorageWeakRef(y.untyped_storage())
+        loss = y.square().sum()
+    del y
+    assert memory.expired()
+    loss.backward()
+    assert len(calls) == 1  # for both
+    torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).exp())
 
 
 def test_memory_that_is_used_again_is_not_mistaken():
