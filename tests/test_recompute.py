@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import scoat_fast.model
 from scoat_fast import SCOATNet
+from scoat_fast.bench.contenders import baseline_of
+from scoat_fast.bench.memory import peak_bytes
 from scoat_fast.recompute import forget, recomputing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +55,17 @@ def test_the_gradients_are_the_same_to_the_bit(options, layout, kept_all):
     net, x = made(**options)
     net, x = net.to(memory_format=layout), x.contiguous(memory_format=layout)
     assert same(gradients(net, x), kept_all(net, x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_step_takes_less_than_half_of_the_memory_of_stock_modules(layout):
+    net, x = SCOATNet(width=16), torch.rand(1, 1, 128, 128)
+
+    def peak(net):
+        net = net.train().to(memory_format=layout)
+        return peak_bytes(lambda: net(x).square().mean().backward(), x.device)
+
+    assert 0.3 < peak(net) / peak(baseline_of(net)) < 0.5
 
 
 def test_under_autocast(kept_all):
