@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolutions import two_convolutions
 from .ops import batch_norm_relu, channel_gate, spatial_gate, upsample
 from .ops.batch_norm_relu.op import normalize_again
 from .recompute import forget
@@ -63,12 +64,12 @@ class PlainBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.bn2 = BatchNormReLU2d(out_channels)
 
-    def convolve(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Both convolutions; the residual is added before the last ReLU."""
-        return norm_relu(self.bn2, self.conv2(norm_relu(self.bn1, self.conv1(x))), residual)
+    def finish(self, first: Tensor, residual: Tensor | None = None) -> Tensor:
+        """All that follows the first convolution; the residual is added before the last ReLU."""
+        return norm_relu(self.bn2, self.conv2(norm_relu(self.bn1, first)), residual)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in, H, W] -> [N, out, H, W]
-        return self.convolve(x)
+        return self.finish(self.conv1(x))
 
 
 class ResidualBlock(PlainBlock):
@@ -79,7 +80,9 @@ class ResidualBlock(PlainBlock):
         self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolve(x, self.downsample(x))
+        convolve, norm = self.downsample
+        first, shortcut = two_convolutions(x, self.conv1, convolve)
+        return self.finish(first, norm(shortcut))
 
 
 class ChannelAttention(nn.Module):
@@ -117,7 +120,7 @@ class GatedBlock(ResidualBlock):
         """[N, in, H, W] and, where they are known, its means over the pixels [N, in] -> [N, out, H, W]."""
         recalibrated = self.ca(x, means)
         if self.equations == "paper":
-            return self.convolve(recalibrated) + F.relu(self.downsample(x))
+            return self.finish(self.conv1(recalibrated)) + F.relu(self.downsample(x))
         return super().forward(recalibrated)
 
 

@@ -161,6 +161,7 @@ class SCOATNet(nn.Module):
                 else:
                     joined, means, attention[i, j] = getattr(self, f"att{i}_{j}")(row, below)
                     x[i, j] = block(joined, means)
+                    del joined  # else it lives until the next one
         return x, attention
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_local = threading.local()  # .recipes: by the place of their results
+_local = threading.local()  # by the place in memory, .recipes of results and, while it lives, .kept of a tensor
 
 
 def recomputing() -> contextlib.AbstractContextManager:
@@ -35,12 +35,13 @@ def recomputing() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _recomputing():
-    outer, _local.recipes = getattr(_local, "recipes", None), {}
+    outer = getattr(_local, "recipes", None), getattr(_local, "kept", None)
+    _local.recipes, _local.kept = {}, weakref.WeakValueDictionary()
     try:
         with torch.autograd.graph.saved_tensors_hooks(_kept, lambda kept: kept.use()):
             yield
     finally:
-        _local.recipes = outer
+        _local.recipes, _local.kept = outer
 
 
 def forget(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -48,7 +49,11 @@ def forget(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tens
     if not torch.compiler.is_compiling():
         recipes = getattr(_local, "recipes", None)
         if recipes is not None:
-            recipes[_place(result)] = _Recipe(make, [_kept(each) for each in inputs], result)
+            place = _place(result)
+            recipes[place] = recipe = _Recipe(make, [_kept(each) for each in inputs], result)
+            kept = _local.kept.get(place)
+            if kept is not None:  # by the operation that gave the result
+                kept.give_up(recipe)
     return result
 
 
@@ -57,7 +62,8 @@ def _kept(tensor: Tensor) -> _Kept | _Recipe:
     recipe = _local.recipes.get(_place(tensor))
     # memory is used again: what lies there is the result only while that lives
     if recipe is None or recipe.result() is None:
-        return _Kept(tensor)
+        _local.kept[_place(tensor)] = kept = _Kept(tensor)
+        return kept
     recipe.uses += 1
     return recipe
 
@@ -71,8 +77,16 @@ class _Kept:
 
     def __init__(self, tensor: Tensor):
         self.tensor, self.version = tensor.detach(), tensor._version
+        self.recipe: _Recipe | None = None
+
+    def give_up(self, recipe: _Recipe) -> None:
+        """From now on stands for what a recipe makes."""
+        self.tensor, self.recipe = None, recipe
+        recipe.uses += 1
 
     def use(self) -> Tensor:
+        if self.recipe is not None:
+            return self.recipe.use()
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "imaging": {"errors", "files"},
     "ops": {"_C", "errors"},
     "recompute": set(),
-    "layers": {"ops", "recompute"},
+    "convolutions": set(),
+    "layers": {"convolutions", "ops", "recompute"},
     "model": {"layers", "pretrained", "recompute"},  # from_pretrained, inside the function
     "pretrained": {"errors", "files", "imaging", "model", "weights"},
     "clock": set(),

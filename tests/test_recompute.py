@@ -8,10 +8,13 @@ import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import scoat_fast.model
 from scoat_fast import SCOATNet
+from scoat_fast.bench.contenders import baseline_of
+from scoat_fast.bench.memory import peak_bytes
 from scoat_fast.recompute import forget, recomputing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,6 +55,17 @@ def test_the_gradients_are_the_same_to_the_bit(options, layout, kept_all):
     net, x = made(**options)
     net, x = net.to(memory_format=layout), x.contiguous(memory_format=layout)
     assert same(gradients(net, x), kept_all(net, x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_step_takes_less_than_half_of_the_memory_of_stock_modules(layout):
+    net, x = SCOATNet(width=16), torch.rand(1, 1, 128, 128)
+
+    def peak(net):
+        net = net.train().to(memory_format=layout)
+        return peak_bytes(lambda: net(x).square().mean().backward(), x.device)
+
+    assert 0.3 < peak(net) / peak(baseline_of(net)) < 0.5
 
 
 def test_under_autocast(kept_all):
@@ -129,6 +143,24 @@ def test_what_is_forgotten_lives_as_long_as_it_is_needed():
     assert len(calls) == 1 and calls[0]() is None  # made once for both that keep it, and gone
     torch.testing.assert_close(x.grad, 2 * w.detach() + 8 * x.detach())
     torch.testing.assert_close(w.grad, 2 * x.detach() + 3 * (3 * w.detach()).exp())
+
+
+def test_what_an_operation_keeps_of_its_own_result_is_forgotten_too():
+    x, calls = torch.rand(5, requires_grad=True), []
+
+    def make(x):
+        calls.append(1)
+        return x.exp()
+
+    with recomputing():
+        y = forget(x.exp(), make, x)  # exp keeps its result
+        memory = StorageWeakRef(y.untyped_storage())
+        loss = y.square().sum()
+    del y
+    assert memory.expired()
+    loss.backward()
+    assert len(calls) == 1  # for both
+    torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).exp())
 
 
 def test_memory_that_is_used_again_is_not_mistaken():

@@ -1,0 +1,68 @@
+"""Two convolutions of one tensor that is made again for the backward pass (see ``recompute``).
+
+Stock convolutions would hold that tensor, the widest of the network, and both of its gradients at once, at the very
+moment when the most is kept. Here it is let go before its one gradient is made, to which the 1x1 convolution adds its
+part in place.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def two_convolutions(x: Tensor, spatial: nn.Module, pointwise: nn.Module) -> tuple[Tensor, Tensor]:
+    """``spatial(x), pointwise(x)``, a 3x3 convolution with a border of one zero and a 1x1 convolution.
+
+    [N, C, H, W] -> [N, D, H, W] each. Modules that somebody has put in their place, or hung hooks on, are called.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return spatial(x), pointwise(x)
+    if not _is_plain(spatial, 3) or not _is_plain(pointwise, 1):
+        return spatial(x), pointwise(x)
+    return _TwoConvolutions.apply(x, spatial.weight, spatial.bias, pointwise.weight, pointwise.bias)
+
+
+def _is_plain(module: nn.Module, side: int) -> bool:
+    """Whether a module does what its weight says and nothing else: a convolution that keeps height and width."""
+    if type(module) is not nn.Conv2d or any(getattr(module, name) for name in HOOKS):
+        return False
+    options = module.kernel_size, module.padding, module.stride, module.dilation, module.groups, module.padding_mode
+    return options == ((side, side), (side // 2, side // 2), (1, 1), (1, 1), 1, "zeros")
+
+
+class _TwoConvolutions(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, w3: Tensor, b3: Tensor | None, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
+        return F.conv2d(x, w3, b3, padding=1), F.conv2d(x, w1, b1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, w3, _, w1, _ = inputs
+        ctx.save_for_backward(x, w3, w1)
+
+    @staticmethod
+    def backward(ctx, dy3: Tensor, dy1: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dy3.device.type, enabled=False):  # dtypes are those of the forward pass
+            x, w3, w1 = (tensor.to(dy3.dtype) for tensor in ctx.saved_tensors)
+            n, c, h, w = x.shape
+            of_x, *wanted = ctx.needs_input_grad
+            of_weights = *_of_weights(dy3, x, w3, wanted[:2]), *_of_weights(dy1, x, w1, wanted[2:])
+            del x
+            if not of_x:
+                return None, *of_weights
+            dx = F.conv_transpose2d(dy3, w3, padding=1)
+            dx.view(n, c, h * w).baddbmm_(w1.flatten(1).t().expand(n, -1, -1), dy1.flatten(2))
+            return dx, *of_weights
+
+
+def _of_weights(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+    """The gradients of the weight and the bias of a convolution that keeps height and width."""
+    padding = [side // 2 for side in weight.shape[2:]]
+    _, *grads = torch.ops.aten.convolution_backward(
+        dy, x, weight, weight.shape[:1], [1, 1], padding, [1, 1], False, [0, 0], 1, [False, *wanted]
+    )
+    return grads
