@@ -51,7 +51,7 @@ def forget(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tens
         if recipes is not None:
             place = _place(result)
             recipes[place] = recipe = _Recipe(make, [_kept(each) for each in inputs], result)
-            kept = _local.kept.get(place)
+            kept = _local.kept.pop(place, None)  # for good: what is given up leaves its place to others
             if kept is not None:  # by the operation that gave the result
                 kept.give_up(recipe)
     return result

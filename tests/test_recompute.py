@@ -163,6 +163,19 @@ def test_what_an_operation_keeps_of_its_own_result_is_forgotten_too():
     torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).exp())
 
 
+def test_memory_of_what_an_operation_gave_up_is_not_mistaken_when_it_is_used_again():
+    w, terms = torch.zeros(1000, requires_grad=True), []
+    with recomputing():
+        for k in [*range(10)] * 30:
+            y = forget((w + k).exp(), lambda w, k=k: (w + k).exp(), w)  # exp keeps its result
+            terms.append(y.sum() / torch.tensor(float(k)).exp())
+            y = other = None
+            other = forget(w + k, lambda w, k=k: w + k, w)  # nothing does, and it may lie where y lay
+    del other
+    sum(terms).backward()
+    torch.testing.assert_close(w.grad, torch.full((1000,), 300.0))
+
+
 def test_memory_that_is_used_again_is_not_mistaken():
     """A forgotten tensor that nothing keeps leaves its address to others."""
     w = torch.ones(1000, requires_grad=True)
