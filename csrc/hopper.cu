@@ -49,7 +49,8 @@ struct Form {
   static constexpr int LOW_HEIGHT = HEIGHT / 2 + 1, LOW_WIDTH = WIDTH / 2 + 2, LOWS = SHORTCUT ? 2 : 0;
   static constexpr int LOW_BYTES = LOW_HEIGHT * LOW_WIDTH * DEPTH * 2, LOW_STRIDE = (LOW_BYTES + 127) / 128 * 128;
   static constexpr int SUM_BYTES = WARPS * CHANNELS * 4, BARRIER_BYTES = 256;
-  static constexpr int REST = LOWS * LOW_STRIDE + SUM_BYTES + BARRIER_BYTES;
+  static constexpr int GATE_BYTES = LOWS ? HEIGHT * (WIDTH + 2) * 4 : 0;  // [HEIGHT][WIDTH + 2], 1 + attention
+  static constexpr int REST = LOWS * LOW_STRIDE + SUM_BYTES + GATE_BYTES + BARRIER_BYTES;
   static constexpr int STAGES = std::min(4, (SHARED_BYTES - REST) / STRIDE);
   static constexpr int BOXES = (PLANE_BYTES + BOX_BYTES - 1) / BOX_BYTES;  // of a plane
   static constexpr int SHARED = STAGES * STRIDE + REST;
@@ -66,6 +67,7 @@ struct Parameters {
   int64_t tiles;
   Weights weights, shortcut;
   Features out, pooled, shortcut_out;
+  const void* attention;
   float* sums;
   int64_t sum_channels;
   bool relu, residual_before, residual_after, shortcut_relu;
@@ -275,14 +277,15 @@ __device__ __forceinline__ void sum(const float* values, float* shared, float* o
 template <typename F>
 struct Shared {
   uint8_t *stages, *lows;
-  float* sums;
+  float *sums, *gates;
   Barrier *full, *empty, *low_full, *low_empty;
 
   explicit __device__ __forceinline__ Shared(uint8_t* memory) {
     stages = memory;
     lows = memory + F::STAGES * F::STRIDE;
     sums = reinterpret_cast<float*>(lows + F::LOWS * F::LOW_STRIDE);
-    full = reinterpret_cast<Barrier*>(sums + F::SUM_BYTES / 4);
+    gates = sums + F::SUM_BYTES / 4;
+    full = reinterpret_cast<Barrier*>(gates + F::GATE_BYTES / 4);
     empty = full + F::STAGES;
     low_full = empty + F::STAGES;
     low_empty = low_full + F::LOWS;
@@ -348,10 +351,11 @@ __device__ __forceinline__ void unpack(const uint4& vector, float (&to)[8]) {
 }
 
 // Upsamples 8 channels of a column of a tile: walks down two rows at a time, with a row of the input, already widened,
-// in registers. `from` is the column's first pixel in the low tile, `column` and `y` its place in the image.
+// in registers. `from` is the column's first pixel in the low tile, `gates` in that of the gates, `column` and `y` its
+// place in the image.
 template <typename T, typename F>
-__device__ __forceinline__ void upsample_column(const uint8_t* from, uint8_t* stage, uint32_t at, int column, int y,
-                                                int h, int w) {
+__device__ __forceinline__ void upsample_column(const uint8_t* from, const float* gates, uint8_t* stage, uint32_t at,
+                                                int column, int y, int h, int w) {
   const float inverse = inverse_of(w / 2), inverse_down = inverse_of(h / 2);
   const Source across = source_of(column, w / 2, inverse);  // its weights; the pixels are those of the low tile
   const auto row_at = [&](int row, float (&to)[8]) {
@@ -372,11 +376,11 @@ __device__ __forceinline__ void upsample_column(const uint8_t* from, uint8_t* st
     unrolled<2>([&](auto which) {
       const int row = 2 * pair_ + which;
       const bool inside = y + row >= 0 && y + row < h && column >= 0 && column < w;
+      const float gate = gates[row * (WIDTH + 2)], first = gate * weights[which][0], second = gate * weights[which][1];
       uint32_t words[4];
       unrolled<4>([&](auto m) {
         float value[2];
-        unrolled<2>(
-            [&](auto i) { value[i] = weights[which][0] * above[2 * m + i] + weights[which][1] * below[2 * m + i]; });
+        unrolled<2>([&](auto i) { value[i] = first * above[2 * m + i] + second * below[2 * m + i]; });
         words[m] = inside ? pair<T>(value[0], value[1]) : 0;
       });
       *reinterpret_cast<uint4*>(stage + swizzled<F::SPAN>(at + row * PITCH * F::SPAN)) =
@@ -394,6 +398,14 @@ __device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& s
   constexpr int VECTORS = F::DEPTH / 8;
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     const Tile tile(p, number, F::CUT.height);
+    synchronise(2, 32 * UPSAMPLERS);  // all are done with the gates of the tile before
+    for (int item = thread; item < F::HEIGHT * (WIDTH + 2); item += 32 * UPSAMPLERS) {
+      const int y = tile.y - 1 + item / (WIDTH + 2), x = tile.x - 1 + item % (WIDTH + 2);
+      const bool inside = p.attention && y >= 0 && y < p.h && x >= 0 && x < p.w;
+      const T* const map = static_cast<const T*>(p.attention) + tile.n * p.h * p.w;
+      shared.gates[item] = inside ? 1.0f + to_float(map[int64_t(y) * p.w + x]) : 1.0f;
+    }
+    synchronise(2, 32 * UPSAMPLERS);
     for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1] + p.chunks[SOURCES]; ++chunk, stage.next()) {
       wait(shared.empty + stage.index, stage.parity);
       if (chunk >= p.chunks[0] + p.chunks[1]) {
@@ -403,8 +415,8 @@ __device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& s
         for (int item = thread; item < (WIDTH + 2) * VECTORS; item += 32 * UPSAMPLERS) {
           const int pixel = item / VECTORS, vector = item % VECTORS;
           const uint32_t at = F::SPAN == 16 ? vector * F::PLANE_BYTES + pixel * 16 : pixel * F::SPAN + vector * 16;
-          upsample_column<T, F>(from + (pixel / 2 * VECTORS + vector) * 16, to, at, tile.x - 1 + pixel, tile.y - 1, p.h,
-                                p.w);
+          upsample_column<T, F>(from + (pixel / 2 * VECTORS + vector) * 16, shared.gates + pixel, to, at,
+                                tile.x - 1 + pixel, tile.y - 1, p.h, p.w);
         }
         fence_async();
         __syncwarp();
@@ -488,6 +500,52 @@ __global__ void __launch_bounds__(SCALING_THREADS) scale_vectors(const __grid_co
                  pair<T>(b.z * d.z, b.w * d.w));
 }
 
+// What upsampling gives pixel (y, x) of h x w to, all together: one of the gates' own size for each of its targets.
+template <typename T>
+__device__ __forceinline__ float gates_of(const T* map, int y, int x, int h, int w) {
+  const Targets rows = targets_of(y, h, inverse_of(h)), columns = targets_of(x, w, inverse_of(w));
+  float total = 0.0f;
+  unrolled<4>([&](auto i) {
+    unrolled<4>([&](auto j) {
+      const int row = 2 * y - 1 + i, column = 2 * x - 1 + j;
+      if (row >= 0 && row < 2 * h && column >= 0 && column < 2 * w)
+        total += rows.weight[i] * columns.weight[j] * (1.0f + to_float(map[int64_t(row) * 2 * w + column]));
+    });
+  });
+  return total;
+}
+
+// A block sums SUMMED pixels: a thread first gathers the gates of one, then adds up 8 channels of some.
+template <typename T>
+__global__ void __launch_bounds__(SUMMED) sum_gated(const __grid_constant__ GateSums g) {
+  SCOAT_DYNAMIC_SHARED(memory);
+  float* const gates = reinterpret_cast<float*>(memory);  // [SUMMED]
+  float* const totals = gates + SUMMED;                   // [threads of a vector][channels]
+  const int channels = int(g.below.channels), vectors = channels / 8, each = SUMMED / vectors;
+  const int64_t pixels = g.h * g.w, parts = (pixels + SUMMED - 1) / SUMMED, n = blockIdx.x / parts;
+  const int64_t first = blockIdx.x % parts * SUMMED;
+  const int count = int(first + SUMMED < pixels ? SUMMED : pixels - first), thread = int(threadIdx.x);
+  if (thread < count) {
+    const T* const map = static_cast<const T*>(g.attention) + n * 4 * pixels;
+    gates[thread] = gates_of(map, int((first + thread) / g.w), int((first + thread) % g.w), int(g.h), int(g.w));
+  }
+  __syncthreads();
+  const int vector = thread % vectors, start = thread / vectors;
+  float total[8] = {}, value[8];
+  for (int pixel = start; pixel < count && start < each; pixel += each) {
+    const int64_t place_ = first + pixel;
+    unpack<T>(*place(g.below, sizeof(T), n, place_ / g.w, place_ % g.w, 8 * vector), value);
+    unrolled<8>([&](auto i) { total[i] += gates[pixel] * value[i]; });
+  }
+  if (start < each) unrolled<8>([&](auto i) { totals[start * channels + 8 * vector + i] = total[i]; });
+  __syncthreads();
+  for (int channel = thread; channel < channels; channel += SUMMED) {
+    float all = 0.0f;
+    for (int i = 0; i < each; ++i) all += totals[i * channels + channel];
+    g.sums[blockIdx.x * g.sum_channels + channel] = all;
+  }
+}
+
 template <typename T, int CHANNELS, bool SHORTCUT, bool PLANES>
 int launch_form(const Convolution& c, void* stream) {
   using F = Form<CHANNELS, SHORTCUT, PLANES>;
@@ -505,7 +563,7 @@ int launch_form(const Convolution& c, void* stream) {
   p.h = int(c.h), p.w = int(c.w);
   p.across = (p.w + WIDTH - 1) / WIDTH, p.down = (p.h + F::CUT.height - 1) / F::CUT.height;
   p.tiles = c.n * p.across * p.down;
-  p.weights = c.weights, p.shortcut = c.shortcut;
+  p.weights = c.weights, p.shortcut = c.shortcut, p.attention = c.attention;
   p.out = c.out, p.pooled = c.pooled, p.shortcut_out = c.shortcut_out;
   p.sums = c.sums, p.sum_channels = c.sum_channels;
   p.relu = c.relu, p.residual_before = c.residual_before, p.residual_after = c.residual_after;
@@ -544,6 +602,14 @@ template <>
 int scale<SCOAT_TYPE>(const Scaling& s, void* stream) {
   const int64_t blocks = (s.n * s.vectors + SCALING_THREADS - 1) / SCALING_THREADS;
   return blocks == 0 ? cudaSuccess : launch(scale_vectors<SCOAT_TYPE>, blocks, SCALING_THREADS, 0, stream, s);
+}
+
+template <>
+int gate_sums<SCOAT_TYPE>(const GateSums& g, void* stream) {
+  if (g.below.channels % 8 || g.below.channels > 8 * SUMMED) return cudaErrorInvalidValue;
+  const int64_t blocks = g.n * ((g.h * g.w + SUMMED - 1) / SUMMED);
+  const int bytes = (SUMMED + SUMMED / int(g.below.channels / 8) * int(g.below.channels)) * 4;
+  return blocks == 0 ? cudaSuccess : launch(sum_gated<SCOAT_TYPE>, blocks, SUMMED, bytes, stream, g);
 }
 
 template <>

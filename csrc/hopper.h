@@ -24,12 +24,13 @@ struct Weights {
 constexpr int SOURCES = 2;
 
 // out = relu(3x3 convolution of the sources, one after the other, + bias), with zero padding. The last source, `below`,
-// has half the height and width and gets upsampled, bilinear with aligned corners, on its way into the tile; only with
-// a shortcut.
+// has half the height and width and becomes (1 + attention) * up(below), bilinear with aligned corners, on its way into
+// the tile; only with a shortcut.
 struct Convolution {
   bool planes;  // how pixels lie in shared memory: see `Form`
   int64_t n, h, w;
   Features sources[SOURCES], below;
+  const void* attention;  // [N, H, W], or null: zeros
   Weights weights;
   Features out;
   bool relu, residual_before, residual_after;  // residual: what out holds is added, before or after the ReLU
@@ -79,11 +80,25 @@ struct Scaling {
   int64_t out_step;
 };
 
+constexpr int SUMMED = 256;  // pixels of a part
+
+// sums [N, parts, sum_channels] = the sums of (1 + attention) * up(below) over all of its pixels, in parts of SUMMED of
+// the pixels of `below`: as those of below times what up gives each of its pixels to, nothing is upsampled.
+struct GateSums {
+  int64_t n, h, w;  // of below
+  Features below;
+  const void* attention;  // [N, 2 H, 2 W]
+  float* sums;
+  int64_t sum_channels;
+};
+
 // Each returns a cudaError_t, 0 where the launch went well. T is Half or BFloat: hopper.cu is compiled once for each.
 template <typename T>
 int convolve(const Convolution&, void* stream);
 template <typename T>
 int scale(const Scaling&, void* stream);
+template <typename T>
+int gate_sums(const GateSums&, void* stream);
 
 // Why this build cannot run on the current device, or an empty string.
 template <typename T>

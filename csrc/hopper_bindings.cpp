@@ -41,15 +41,16 @@ void define_for(py::module_& module) {
   module.def(
       "convolve",
       [](bool planes, const Size& size, const Tensor& first, const Tensor& second, const Tensor& below,
-         const Matrix& weights, const Tensor& out, bool relu, bool residual_before, bool residual_after,
-         const Tensor& pooled, uintptr_t sums, int64_t sum_channels, const Matrix& shortcut, const Tensor& shortcut_out,
-         bool shortcut_relu, uintptr_t stream) {
+         uintptr_t attention, const Matrix& weights, const Tensor& out, bool relu, bool residual_before,
+         bool residual_after, const Tensor& pooled, uintptr_t sums, int64_t sum_channels, const Matrix& shortcut,
+         const Tensor& shortcut_out, bool shortcut_relu, uintptr_t stream) {
         const Convolution convolution{planes,
                                       size[0],
                                       size[1],
                                       size[2],
                                       {features(first), features(second)},
                                       features(below),
+                                      pointer<const void>(attention),
                                       weights_of(weights),
                                       features(out),
                                       relu,
@@ -64,9 +65,9 @@ void define_for(py::module_& module) {
         check("convolve", convolve<T>(convolution, pointer<void>(stream)));
       },
       py::kw_only(), py::arg("planes"), py::arg("size"), py::arg("first"), py::arg("second"), py::arg("below"),
-      py::arg("weights"), py::arg("out"), py::arg("relu"), py::arg("residual_before"), py::arg("residual_after"),
-      py::arg("pooled"), py::arg("sums"), py::arg("sum_channels"), py::arg("shortcut"), py::arg("shortcut_out"),
-      py::arg("shortcut_relu"), py::arg("stream"));
+      py::arg("attention"), py::arg("weights"), py::arg("out"), py::arg("relu"), py::arg("residual_before"),
+      py::arg("residual_after"), py::arg("pooled"), py::arg("sums"), py::arg("sum_channels"), py::arg("shortcut"),
+      py::arg("shortcut_out"), py::arg("shortcut_relu"), py::arg("stream"));
   module.def(
       "scale",
       [](int64_t n, uintptr_t weights, int64_t vectors, int64_t inner, int64_t taps, int64_t eighths, uintptr_t factors,
@@ -86,6 +87,17 @@ void define_for(py::module_& module) {
       py::kw_only(), py::arg("n"), py::arg("weights"), py::arg("vectors"), py::arg("inner"), py::arg("taps"),
       py::arg("eighths"), py::arg("factors"), py::arg("factors_step"), py::arg("out"), py::arg("out_step"),
       py::arg("stream"));
+  module.def(
+      "gate_sums",
+      [](const Size& size, const Tensor& below, uintptr_t attention, uintptr_t sums, int64_t sum_channels,
+         uintptr_t stream) {
+        const GateSums gate{
+            size[0],     size[1], size[2], features(below), pointer<const void>(attention), pointer<float>(sums),
+            sum_channels};
+        check("gate_sums", gate_sums<T>(gate, pointer<void>(stream)));
+      },
+      py::kw_only(), py::arg("size"), py::arg("below"), py::arg("attention"), py::arg("sums"), py::arg("sum_channels"),
+      py::arg("stream"));
 }
 
 }  // namespace
@@ -99,6 +111,7 @@ void define(py::module_& module) {
     const Cut cut = cut_of(channels, shortcut);
     return std::array<int, 5>{cut.height, cut.width, cut.depth, cut.slots, cut.zeros};
   });
+  all.attr("SUMMED") = SUMMED;
   auto half = all.def_submodule("float16"), bfloat = all.def_submodule("bfloat16");
   define_for<Half>(half);
   define_for<BFloat>(bfloat);

@@ -61,13 +61,16 @@ def on_a_cpu(emulated, monkeypatch):
 
 def assert_steps_as_accurate(form, shape, dtype, device):
     """Every step that runs here, in memory full of NaN."""
-    upsampled = 0
+    upsampled = gated = 0
     options = {"wanted": lambda step: sm90a.why_triton(step) is None, "upsamples": sm90a.upsamples}
     for outcome in run_steps(trained(**form), "sm90a", dtype, shape, device=device, **options):
         ours, stock, largest = outcome.errors
         assert ours <= SLACK * stock + FLOOR * max(largest, 1), (plan.summary(outcome.step), ours, stock)
-        upsampled += outcome.slice == outcome.step.out and outcome.step.below is not None
-    assert upsampled == (0 if form.get("block") else 4)
+        if isinstance(outcome.step, plan.Convolve) and outcome.slice == outcome.step.out:
+            upsampled += outcome.step.below is not None
+            gated += outcome.step.attention is not None
+    # of nodes with a shortcut and a kernel for their channels
+    assert upsampled - gated == (0 if form.get("block") else 4) and gated >= 5
 
 
 @pytest.mark.parametrize(("form", "shape", "dtype", "planes"), [
@@ -89,6 +92,7 @@ class Case:
     out: int
     shape: tuple[int, int, int]
     below: int = 0
+    attention: bool = False
     shortcut: bool = False
     residual: str | None = None
     pooled: bool = False
@@ -109,6 +113,7 @@ CASES = [
     Case((64, 64), 128, (1, 4, 3), shortcut=True, sums=True),
     Case((32,), 32, (1, 2, 2), below=32, shortcut=True),
     Case((32, 32), 32, (3, 18, 130), below=64, shortcut=True),
+    Case((64,), 64, (3, 10, 68), below=64, attention=True, shortcut=True),
     Case((16,), 16, (1, 34, 66), below=32, shortcut=True),
     Case((64,), 64, (2, 6, 62), below=128, shortcut=True),
     Case((32,), 128, (1, 6, 66), below=32, shortcut=True),
@@ -136,13 +141,15 @@ def test_odd_sizes_and_every_epilogue(case, dtype, planes, on_a_cpu, monkeypatch
     below = buffer("below", case.below, h // 2, w // 2) if case.below else None
     if below is not None:
         buffers["below"].normal_()
+    attention = plan.Slice("attention", 0, 1) if case.attention else None
+    buffers["attention"] = torch.rand(n, h, w).to(dtype)
     shortcut = plan.Shortcut("1x1", buffer("shortcut", case.out), relu=True, scaled=False) if case.shortcut else None
     out, pooled = buffer("out", case.out), buffer("pooled", case.out, h // 2, w // 2) if case.pooled else None
     if case.residual:
         buffers["out"].normal_()
     held = buffers["out"].double()
     sums = plan.Slice("sums", 0, case.out) if case.sums else None
-    step = plan.Convolve(level, "3x3", 3, sources, out, below, relu=case.relu, residual=case.residual,
+    step = plan.Convolve(level, "3x3", 3, sources, out, below, attention, case.relu, residual=case.residual,
                          shortcut=shortcut, pooled=pooled, sums=sums)  # fmt: skip
     buffers["sums"] = torch.full((n, sm90a.parts(step, h, w, torch.device("cpu"), dtype), case.out), torch.nan)
     channels = sum(case.counts) + case.below
@@ -154,6 +161,7 @@ def test_odd_sizes_and_every_epilogue(case, dtype, planes, on_a_cpu, monkeypatch
     x, slack = torch.cat([buffers[source.buffer] for source in sources], 3).double().permute(0, 3, 1, 2), 1e-5
     if case.below:
         up = F.interpolate(buffers["below"].double().permute(0, 3, 1, 2), (h, w), mode="bilinear", align_corners=True)
+        up = up * (1 + buffers["attention"].double()[:, None]) if case.attention else up
         x = torch.cat([x, up.to(dtype).double()], 1)
         # an upsampled value halfway between two numbers may become either: some few of those in a sum
         slack += 4 * 2 * DTYPES[dtype] * up.abs().max() * weights["3x3"][0].abs().max()
@@ -179,6 +187,24 @@ def test_odd_sizes_and_every_epilogue(case, dtype, planes, on_a_cpu, monkeypatch
 def assert_rounded(x, exact, dtype, slack):
     """As near as one rounding leaves it, and what came before."""
     assert ((x.double() - exact).abs() <= DTYPES[dtype] * exact.abs() + slack).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 16), (1, 34, 38, 128), (3, 18, 70, 48)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_sums_of_what_is_gated(shape, dtype, on_a_cpu):
+    """Of upsampled pixels that nobody stores."""
+    torch.manual_seed(2)
+    n, h, w, channels = shape
+    found = {"below": torch.randn(n, h // 2, w // 2, channels + 8).to(dtype)[..., 8:]}
+    found["attention"] = torch.rand(n, h, w).to(dtype)
+    slices = {name: plan.Slice(name, 0, channels) for name in ("below", "attention", "sums")}
+    step = plan.Gate(0, slices["below"], None, slices["attention"], slices["sums"])
+    found["sums"] = torch.full((n, sm90a.parts(step, h, w, torch.device("cpu"), dtype), channels), torch.nan)
+    sm90a.bind(step, {}, lambda used: found[used.buffer], h * w)()
+    up = F.interpolate(found["below"].double().permute(0, 3, 1, 2), (h, w), mode="bilinear", align_corners=True)
+    gated = up * (1 + found["attention"].double()[:, None])
+    error = (found["sums"].double().sum(1) - gated.sum((2, 3))).abs()
+    assert (error <= 1e-6 * gated.abs().sum((2, 3)) + 1e-6).all()
 
 
 def test_nan_is_no_clean_zero(on_a_cpu):

@@ -97,7 +97,7 @@ def _join(plan: Plan, scales: Scales) -> None:
     """Gives what a step only passes on the scale of where it came from, and sums that of what they are sums of."""
     pairs = []
     for step in plan.steps:
-        if isinstance(step, Gate):
+        if isinstance(step, Gate) and step.out is not None:
             pairs.append((step.below, step.out))
         if isinstance(step, Convolve) and step.pooled is not None:
             pairs.append((step.out, step.pooled))
@@ -109,7 +109,7 @@ def _join(plan: Plan, scales: Scales) -> None:
             _of(scales, other)[:] = both
     for step in plan.steps:
         if isinstance(step, Convolve | Gate) and step.sums is not None:
-            _of(scales, step.sums)[:] = _of(scales, step.out)
+            _of(scales, step.sums)[:] = _of(scales, step.below if step.out is None else step.out)
 
 
 def _of(scales: Scales, used: Slice) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..clock import copy_gb_per_s, matrix_tflop_per_s
-from .plan import Step, cost, summary
+from .plan import Step, cost, summary, writes
 
 if TYPE_CHECKING:
     from .runner import Engine
@@ -50,7 +50,7 @@ def figures(engine: Engine, step: Step) -> Iterator[float]:
 
 def _row(engine: Engine, step: Step) -> str:
     height, width = engine.padded_size
-    shape = f"{height >> step.level}x{width >> step.level}x{step.out.channels}"
+    shape = f"{height >> step.level}x{width >> step.level}x{writes(step)[0].channels}"
     megabytes, gflop, floor = figures(engine, step)
     kernel = engine.kernel(step)
     return f"{summary(step):106}{shape:>16}{megabytes:8.1f}{gflop:8.2f}{floor:10.1f}  {kernel}"

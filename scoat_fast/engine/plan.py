@@ -67,9 +67,10 @@ class Convolve:
     """out = relu(convolution of the concatenated sources + bias), of ``size`` 3 with zero padding, or 1.
 
     ``scale`` [N, channels of all sources] multiplies the channels of the sources, or those of the weights, for which
-    ``scaled`` has room. ``below`` is a last source of half the height and width, upsampled on the way in, for backends
-    that can (see ``build``). ``residual`` adds what ``out`` holds already, "before" the ReLU or "after" it. ``pooled``
-    takes the maxima of 2x2 pixels of ``out``, ``sums`` its sums.
+    ``scaled`` has room. ``below`` is a last source of half the height and width, which becomes
+    (1 + attention) * up(below) on the way in, or up(below) alone, for backends that can (see ``build``). ``residual``
+    adds what ``out`` holds already, "before" the ReLU or "after" it. ``pooled`` takes the maxima of 2x2 pixels of
+    ``out``, ``sums`` its sums.
     """
 
     level: int
@@ -78,6 +79,7 @@ class Convolve:
     sources: tuple[Slice, ...]
     out: Slice
     below: Slice | None = None
+    attention: Slice | None = None
     relu: bool = True
     scale: Slice | None = None
     scaled: Slice | None = None
@@ -109,11 +111,14 @@ class Attend:
 
 @dataclass(frozen=True)
 class Gate:
-    """out = (1 + attention) * up(below), or up(below) alone; ``sums`` takes the sums of ``out`` over its pixels."""
+    """out = (1 + attention) * up(below), or up(below) alone; ``sums`` takes the sums of ``out`` over its pixels.
+
+    Without ``out``, only the sums are wanted.
+    """
 
     level: int
     below: Slice
-    out: Slice
+    out: Slice | None
     attention: Slice | None = None
     sums: Slice | None = None
 
@@ -146,7 +151,7 @@ def reads(step: Step) -> list[Slice]:
     """What a step reads."""
     match step:
         case Convolve():
-            given = [*step.sources, step.below, step.scale, step.out if step.residual else None]
+            given = [*step.sources, step.below, step.attention, step.scale, step.out if step.residual else None]
         case Attend():
             given = [step.row, step.below]
         case Gate():
@@ -230,7 +235,7 @@ class _Builder:
             inputs.append(self.new("threshold", "threshold", 1, 0).buffer)
         for i in range(LEVELS):
             below = self.new(f"pool{i + 1}", "features", self.width[i], i + 1) if i < LEVELS - 1 else None
-            self.block(i, 0, (pooled,), pooled=below)
+            self.steps += self.block(i, 0, (pooled,), pooled=below)
             pooled = below
         for j in range(1, LEVELS):
             for i in reversed(range(1, LEVELS - j)):
@@ -270,15 +275,9 @@ class _Builder:
         return self.new(f"sums{i}_{j}", "sums", self.width[i], i)
 
     def block(
-        self,
-        i: int,
-        j: int,
-        sources: tuple[Slice, ...],
-        scale: Slice | None = None,
-        pooled: Slice | None = None,
-        below: Slice | None = None,
-    ):
-        """The two convolutions of a node; ``below`` is upsampled, and comes after the sources."""
+        self, i: int, j: int, sources: tuple[Slice, ...], scale: Slice | None = None, pooled: Slice | None = None
+    ) -> tuple[Convolve, Convolve]:
+        """The two convolutions of a node."""
         name, out, recalibrated = f"conv{i}_{j}", self.node(i, j), scale is not None
         between = self.new(f"between{i}_{j}", "features", self.width[i], i, self.spare(i, j))
         shortcut = residual = scaled = None
@@ -288,37 +287,35 @@ class _Builder:
             apart = recalibrated and self.paper
             shortcut = Shortcut(f"{name}.downsample", out, relu=apart, scaled=recalibrated and not apart)
             residual = "after" if apart else "before"
-        first = Convolve(i, f"{name}.conv1", 3, sources, between, scale=scale, scaled=scaled, shortcut=shortcut)
-        if below is not None:
-            fused = replace(first, below=below)
-            if self.upsamples(fused):
-                first = fused
-            else:
-                gated = self.new(f"gated{i}_{j}", "features", below.channels, i)
-                self.steps.append(Gate(i, below, gated))
-                first = replace(first, sources=(*sources, gated))
-        self.steps += [
-            first,
+        return (
+            Convolve(i, f"{name}.conv1", 3, sources, between, scale=scale, scaled=scaled, shortcut=shortcut),
             Convolve(i, f"{name}.conv2", 3, (between,), out, residual=residual, pooled=pooled, sums=self.sums(i, j)),
-        ]
+        )
 
     def inner_node(self, i: int, j: int) -> None:
         row, below, name = self.row(i, j), self.node(i + 1, j - 1), f"{i}_{j}"
-        if i == 0:
-            self.block(0, j, (row,), below=below)
-            return
-        gated = self.new(f"gated{name}", "features", below.channels, i)
-        projected = self.new(f"projected{name}", "wide", self.width[i], i + 1)
-        attention = self.new(f"attention{name}", "map", 1, i)
-        sums = self.new(f"gated_sums{name}", "sums", below.channels, i)
-        scale = self.new(f"scale{name}", "scale", row.channels + below.channels, i)
-        self.steps += [
-            Convolve(i + 1, f"att{name}.W_y", 1, (below,), projected, relu=False),
-            Attend(i, f"att{name}.W_x", f"att{name}.active", self.node(i, j - 1), projected, attention, self.paper),
-            Gate(i, below, gated, attention, sums),
-            Excite(i, f"conv{name}.ca", (*(self.sums(i, k) for k in range(j)), sums), scale),
-        ]
-        self.block(i, j, (row, gated), scale)
+        attention = sums = scale = None
+        if i > 0:
+            projected = self.new(f"projected{name}", "wide", self.width[i], i + 1)
+            attention = self.new(f"attention{name}", "map", 1, i)
+            sums = self.new(f"gated_sums{name}", "sums", below.channels, i)
+            scale = self.new(f"scale{name}", "scale", row.channels + below.channels, i)
+            self.steps += [
+                Convolve(i + 1, f"att{name}.W_y", 1, (below,), projected, relu=False),
+                Attend(i, f"att{name}.W_x", f"att{name}.active", self.node(i, j - 1), projected, attention, self.paper),
+            ]
+        first, second = self.block(i, j, (row,), scale)
+        fused, gated = replace(first, below=below, attention=attention), None
+        if self.upsamples(fused):
+            first = fused
+        else:
+            gated = self.new(f"gated{name}", "features", below.channels, i)
+            first = replace(first, sources=(row, gated))
+        if gated is not None or sums is not None:
+            self.steps.append(Gate(i, below, gated, attention, sums))
+        if scale is not None:
+            self.steps.append(Excite(i, f"conv{name}.ca", (*(self.sums(i, k) for k in range(j)), sums), scale))
+        self.steps += [first, second]
 
     def head(self, j: int) -> list[str]:
         """The output on ``x[0, j]``, where there is one."""
@@ -354,7 +351,8 @@ class Cost:
 def cost(plan: Plan, step: Step, n: int, height: int, width: int, itemsize: int) -> Cost:
     """The cost of a step for ``n`` slices of ``height`` x ``width``, with features of ``itemsize`` bytes."""
     pixels = n * math.prod(size >> step.level for size in (height, width))
-    upsampled = {other.out.buffer: other.below for other in plan.steps if isinstance(other, Gate)}
+    gates = (other for other in plan.steps if isinstance(other, Gate) and other.out is not None)
+    upsampled = {gate.out.buffer: gate.below for gate in gates}
 
     def size_of(slices: list[Slice]) -> Iterator[tuple[int, int]]:
         for used in slices:
@@ -371,7 +369,7 @@ def cost(plan: Plan, step: Step, n: int, height: int, width: int, itemsize: int)
             parameters = step.row.channels**2
             flops = 2 * pixels * (parameters + 5 * step.row.channels)
         case Gate():
-            flops = 2 * pixels * 4 * step.out.channels
+            flops = 2 * pixels * 4 * step.below.channels
         case Head():
             parameters = 9 * step.source.channels * step.out.channels
             flops = 2 * pixels * parameters

@@ -73,7 +73,7 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
 
 def _convolve(step: Convolve, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
-        below = [] if step.below is None else [_up(_read(view(step.below)))]
+        below = [] if step.below is None else [_gated(step, view)]
         given = torch.cat([*(_read(view(source)) for source in step.sources), *below], 1)
         x = given if step.scale is None else given * view(step.scale)[:, :, None, None].to(given.dtype)
         y = F.conv2d(x, *weights[step.weights], padding=step.size // 2)
@@ -107,10 +107,9 @@ def _attend(step: Attend, weights: Weights, view: View) -> Callable[[], None]:
 
 def _gate(step: Gate, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
-        y = _up(_read(view(step.below)))
-        if step.attention is not None:
-            y = y * (1 + view(step.attention)[:, None])
-        _write(view(step.out), y)
+        y = _gated(step, view)
+        if step.out is not None:
+            _write(view(step.out), y)
         if step.sums is not None:
             _sum(y, view(step.sums))
 
@@ -140,6 +139,11 @@ def _head(step: Head, weights: Weights, view: View) -> Callable[[], None]:
 def _sum(y: Tensor, sums: Tensor) -> None:  # [N, C, H, W], [N, parts, C]
     sums.zero_()
     sums[:, 0] = y.sum((2, 3), dtype=sums.dtype)
+
+
+def _gated(step: Convolve | Gate, view: View) -> Tensor:
+    y = _up(_read(view(step.below)))
+    return y if step.attention is None else y * (1 + view(step.attention)[:, None])
 
 
 def _up(y: Tensor) -> Tensor:

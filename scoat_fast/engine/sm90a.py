@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops import _native
 from . import triton
 from .pack import Weights
-from .plan import Convolve, Slice, Step
+from .plan import Convolve, Gate, Slice, Step
 
 View = Callable[[Slice], Tensor]
 DTYPES = (torch.float16, torch.bfloat16)
@@ -37,6 +37,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_triton(step: Step) -> str | None:
     """Why a step runs in Triton, or None where it runs here."""
+    if isinstance(step, Gate) and step.out is None:
+        return None
     if not isinstance(step, Convolve) or step.size != 3:
         return "is no 3x3 convolution"
     if not _native._C.hopper.has_kernel(step.out.channels):
@@ -53,6 +55,8 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
     """In how many parts a step leaves sums over ``height`` x ``width`` pixels: its tiles."""
     if why_triton(step) is not None:
         return triton.parts(step, height, width, device, dtype)
+    if isinstance(step, Gate):
+        return -(-height * width // (4 * _native._C.hopper.SUMMED))
     cut = _cut(step)
     return -(-height // cut.height) * -(-width // cut.width)
 
@@ -75,6 +79,8 @@ def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> 
     if (reason := why_triton(step)) is not None:
         name = triton.kernel(step, width, device, dtype)
         return f"{name} (not sm90a: it {reason})" if isinstance(step, Convolve) and step.size == 3 else name
+    if isinstance(step, Gate):
+        return "sum_gated"
     cut = _cut(step)
     name = "scale, convolve_tiles" if step.scale is not None else "convolve_tiles"
     return f"{name} {cut.height}x{cut.width} pixels, {cut.depth} channels at once"
@@ -84,6 +90,8 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
     """What a step needs of the weights: as ``csrc/hopper.cu`` lays them out, in float32 where they get scaled."""
     if why_triton(step) is not None:
         return triton.prepare(step, weights, device, dtype)
+    if isinstance(step, Gate):
+        return {}
     names = [(step.weights, step.scale is not None)]
     if step.shortcut is not None:
         names.append((step.shortcut.weights, step.shortcut.scaled))
@@ -99,6 +107,10 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
     """A call that runs a step on the memory that ``view`` gives; a slice has ``pixels`` on the step's level."""
     if why_triton(step) is not None:
         return triton.bind(step, weights, view, pixels)
+    if isinstance(step, Gate):
+        return _bound(
+            [(_functions(view(step.below).dtype).gate_sums, _gate_sums(step, view))], weights, view, step.below
+        )
     out = view(step.out)
     calls, (main, shortcut) = _matrices(step, weights, view)
     sums = None if step.sums is None else view(step.sums)
@@ -108,6 +120,7 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
         "first": _features(view(step.sources[0])),
         "second": _features(view(step.sources[1])) if len(step.sources) > 1 else None,
         "below": None if step.below is None else _features(view(step.below)),
+        "attention": 0 if step.attention is None else view(step.attention).data_ptr(),
         "weights": main,
         "out": _features(out),
         "relu": step.relu,
@@ -120,15 +133,27 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
         "shortcut_out": None if step.shortcut is None else _features(view(step.shortcut.out)),
         "shortcut_relu": step.shortcut is not None and step.shortcut.relu,
     }
-    calls.append((_functions(out.dtype).convolve, arguments))
+    return _bound([*calls, (_functions(out.dtype).convolve, arguments)], weights, view, step.out)
+
+
+def _bound(calls: list[tuple[Callable, dict]], weights: Weights, view: View, on: Slice) -> Callable[[], None]:
+    device = view(on).device
 
     def run(kept=(weights, view)) -> None:  # the arguments are addresses in these
-        with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-            stream = torch.cuda.current_stream().cuda_stream if out.is_cuda else 0
+        on_gpu = device.type == "cuda"
+        with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+            stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
             for call, given in calls:
                 call(**given, stream=stream)
 
     return run
+
+
+def _gate_sums(step: Gate, view: View) -> dict:
+    below, sums = view(step.below), view(step.sums)
+    arguments = {"size": tuple(below.shape[:3]), "below": _features(below)}
+    arguments |= {"attention": view(step.attention).data_ptr(), "sums": sums.data_ptr(), "sum_channels": sums.stride(1)}
+    return arguments
 
 
 def _matrices(step: Convolve, weights: Weights, view: View) -> tuple[list, list[tuple[int, int, int]]]:
