@@ -16,13 +16,18 @@ namespace {
 
 constexpr int WARPS = 4 * GROUPS;                    // that multiply
 constexpr int THREADS = 32 * WARPS + 128;            // and a warpgroup: a thread that fetches, and warps that upsample
-constexpr int REGISTERS = 216, LEFT_REGISTERS = 80;  // of their threads
+constexpr int REGISTERS = 208, LEFT_REGISTERS = 88;  // of their threads
 constexpr int UPSAMPLERS = 3;                        // of those warps
 constexpr int PITCH = 72;                // pixels of a row in shared memory, so that each begins a swizzle pattern
 constexpr int SHARED_BYTES = 227 << 10;  // a block may have
 constexpr int BOX_BYTES = 32 << 10;      // of one copy
 constexpr int SCALING_THREADS = 256;
+enum Name { BLOCK, GATES, LATER, SUMS };  // of barriers of threads; SUMS is of the first group, the next of the second
 constexpr unsigned ALL = 0xffffffffu;
+
+// A block has as many registers as all of its threads get at first, 8 at a time: who takes more than others gave waits
+// for ever.
+static_assert(GROUPS * REGISTERS + LEFT_REGISTERS <= (GROUPS + 1) * (65536 / THREADS / 8 * 8));
 
 // A kernel for CHANNELS outputs. A stage holds DEPTH channels of a tile and its border, and their weights:
 //
@@ -186,37 +191,50 @@ __device__ __forceinline__ float half_of(uint32_t word, int which) {
   return to_float(T{uint16_t(word >> (16 * which))});
 }
 
-// Ends the values of one row of output: adds the bias and the residual, stores, and leaves them as floats.
-template <typename T, typename F>
-__device__ __forceinline__ void finish(float* values, const float* bias, const Features& out, bool relu_, bool before,
-                                       bool after, int64_t n, int y, int x, int h, int w) {
+// Sums begin with the bias.
+template <typename F>
+__device__ __forceinline__ void begin(float* values, const float* bias) {
   const Lane<F> lane;
-  unrolled<F::CHANNELS / 16>([&](auto quad) {
-    const int mine = 4 * quad + lane.q, column = x + lane.pixel_of(mine);
-    const bool inside = y < h && column < w;
-    uint4* const to = place(out, sizeof(T), n, y, column, lane.channel_of(mine));
-    uint32_t words[4] = {};
-    if (before || after) {
-      if (inside) {
-        const uint4 held = *to;
-        words[0] = held.x, words[1] = held.y, words[2] = held.z, words[3] = held.w;
-      }
-      transpose(words, lane.q);
-    }
-    unrolled<4>([&](auto m) {
-      constexpr int WORD = 4 * quad + m;
-      const float2 shift = *reinterpret_cast<const float2*>(bias + lane.channel_of(WORD) + 2 * lane.q);
-      float* const value = values + lane.value(WORD);
-      value[0] += shift.x, value[1] += shift.y;
-      const float held0 = half_of<T>(words[m], 0), held1 = half_of<T>(words[m], 1);
-      if (before) value[0] += held0, value[1] += held1;
-      if (relu_) value[0] = relu(value[0]), value[1] = relu(value[1]);
-      if (after) value[0] += held0, value[1] += held1;
-      words[m] = pair<T>(value[0], value[1]);
+  unrolled<F::CHANNELS / 8>([&](auto block) {
+    const float2 of_two = *reinterpret_cast<const float2*>(bias + 8 * block + 2 * lane.q);
+    unrolled<2 * F::ROWS>([&](auto half) {  // of a row
+      float* const value = values + half / 2 * F::VALUES + block * 4 + half % 2 * 2;
+      value[0] = of_two.x, value[1] = of_two.y;
     });
-    transpose(words, lane.q);
-    if (inside) *to = make_uint4(words[0], words[1], words[2], words[3]);
   });
+}
+
+// What `out` holds where a thread will store 16 bytes of a row of output; zeros outside.
+template <typename T, typename F>
+__device__ __forceinline__ uint4 held_at(const Features& out, int quad, int64_t n, int y, int x, int h, int w) {
+  const Lane<F> lane;
+  const int mine = 4 * quad + lane.q, column = x + lane.pixel_of(mine);
+  if (y >= h || column >= w) return make_uint4(0, 0, 0, 0);
+  return *place(out, sizeof(T), n, y, column, lane.channel_of(mine));
+}
+
+// Ends 16 channels of the values of one row of output: adds the residual, stores, and leaves them as floats.
+template <typename T, typename F>
+__device__ __forceinline__ void finish(float* values, int quad, const uint4& residual, bool before, bool after,
+                                       const Features& out, bool relu, int64_t n, int y, int x, int h, int w) {
+  const Lane<F> lane;
+  const int mine = 4 * quad + lane.q, column = x + lane.pixel_of(mine);
+  const float least = relu ? 0.0f : -INFINITY;
+  uint32_t words[4] = {residual.x, residual.y, residual.z, residual.w};
+  if (before || after) transpose(words, lane.q);
+  unrolled<4>([&](auto m) {
+    float* const value = values + lane.value(4 * quad + m);
+    unrolled<2>([&](auto i) {
+      const float held = half_of<T>(words[m], i);
+      if (before) value[i] += held;
+      value[i] = maximum(value[i], least);
+      if (after) value[i] += held;
+    });
+    words[m] = pair<T>(value[0], value[1]);
+  });
+  transpose(words, lane.q);
+  if (y < h && column < w)
+    *place(out, sizeof(T), n, y, column, lane.channel_of(mine)) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // Stores the maxima of 2x2 pixels of two rows of output.
@@ -243,11 +261,11 @@ __device__ __forceinline__ void pool(const float* upper, const float* lower, con
   });
 }
 
-// Stores the sums of all rows of output of a tile, always added in the same order.
+// Stores the sums of a warpgroup's rows of output, always added in the same order.
 template <typename F>
-__device__ __forceinline__ void sum(const float* values, float* shared, float* out, int y, int x, int h, int w) {
+__device__ __forceinline__ void sum(const float* values, float* shared, float* out, int group, int y, int x, int h,
+                                    int w) {
   const Lane<F> lane;
-  const int warp = threadIdx.x / 32;
   unrolled<F::CHANNELS / 8>([&](auto block) {
     float total[2] = {};
     unrolled<F::ROWS>([&](auto row) {
@@ -261,16 +279,19 @@ __device__ __forceinline__ void sum(const float* values, float* shared, float* o
     unrolled<2>([&](auto i) {
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) total[i] += __shfl_xor_sync(ALL, total[i], step);
-      if (threadIdx.x % 32 < 4) shared[warp * F::CHANNELS + block * 8 + 2 * lane.q + i] = total[i];
+      if (threadIdx.x % 32 < 4) shared[lane.warp * F::CHANNELS + block * 8 + 2 * lane.q + i] = total[i];
     });
   });
-  synchronise(1, 32 * WARPS);
-  if (threadIdx.x < F::CHANNELS) {
+  const int thread = threadIdx.x % 128;
+  __syncwarp();
+  synchronise(SUMS + group, 128);
+  if (thread < F::CHANNELS) {
     float total = 0.0f;
-    for (int i = 0; i < WARPS; ++i) total += shared[i * F::CHANNELS + threadIdx.x];
-    out[threadIdx.x] = total;
+    for (int i = 0; i < 4; ++i) total += shared[i * F::CHANNELS + thread];
+    out[thread] = total;
   }
-  synchronise(1, 32 * WARPS);  // before somebody writes there again
+  __syncwarp();
+  synchronise(SUMS + group, 128);  // before somebody writes there again
 }
 
 // The parts of shared memory, and their barriers: a stage or low tile is full, or everybody is done with it.
@@ -308,6 +329,9 @@ template <typename F>
 __device__ __forceinline__ void fetch(const Parameters& p, const Shared<F>& shared) {
   Ring<F::STAGES> stage(1);
   Ring<F::SHORTCUT ? F::LOWS : 1> low(1);
+  int64_t filled = 0;
+  // whether each stage has the same weights in every tile
+  const bool stays = !F::SHORTCUT && p.weights.step == 0 && F::STAGES % (p.chunks[0] + p.chunks[1]) == 0;
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     const Tile tile(p, number, F::CUT.height);
     const auto* weights = static_cast<const uint8_t*>(p.weights.weights) + tile.n * p.weights.step;
@@ -327,13 +351,15 @@ __device__ __forceinline__ void fetch(const Parameters& p, const Shared<F>& shar
         uint8_t* const to = shared.stages + stage.index * F::STRIDE;
         Barrier* const barrier = shared.full + stage.index;
         wait(shared.empty + stage.index, stage.parity);
-        arrive_expect(barrier, F::BYTES - (whole ? 0 : F::PIXEL_BYTES));
+        const bool kept = stays && filled >= F::STAGES;  // the weights of a stage
+        ++filled;
+        arrive_expect(barrier, F::BYTES - (whole ? 0 : F::PIXEL_BYTES) - (kept ? F::WEIGHT_BYTES : 0));
         constexpr int PLANES = F::PIXEL_BYTES / F::PLANE_BYTES, HEIGHT = F::HEIGHT / F::BOXES;
         for (int plane = 0; plane < PLANES && whole; ++plane)
           for (int box = 0; box < F::BOXES; ++box)
             copy_box(to + plane * F::PLANE_BYTES + box * HEIGHT * PITCH * F::SPAN, p.maps + source, barrier,
                      chunk * F::DEPTH + plane * F::SPAN / 2, tile.x - 1, tile.y - 1 + box * HEIGHT, int(tile.n));
-        copy_bytes(to + F::PIXEL_BYTES, weights, F::WEIGHT_BYTES, barrier);
+        if (!kept) copy_bytes(to + F::PIXEL_BYTES, weights, F::WEIGHT_BYTES, barrier);
         weights += F::WEIGHT_BYTES;
         if constexpr (F::SHORTCUT) {
           copy_bytes(to + F::PIXEL_BYTES + F::WEIGHT_BYTES, shortcut, F::SHORTCUT_BYTES, barrier);
@@ -355,15 +381,16 @@ __device__ __forceinline__ void unpack(const uint4& vector, float (&to)[8]) {
 // place in the image.
 template <typename T, typename F>
 __device__ __forceinline__ void upsample_column(const uint8_t* from, const float* gates, uint8_t* stage, uint32_t at,
-                                                int column, int y, int h, int w) {
-  const float inverse = inverse_of(w / 2), inverse_down = inverse_of(h / 2);
-  const Source across = source_of(column, w / 2, inverse);  // its weights; the pixels are those of the low tile
+                                                int column, int y, int h, int w, float inverse_h, float inverse_w) {
+  const int l = (column + 1) / 2 - 1;  // the input before; of the low tile the first pixel
+  const float across[2] = {column % 2 ? odd_first(l, w / 2, inverse_w) : even_first(l, w / 2, inverse_w),
+                           column % 2 ? odd_second(l, w / 2, inverse_w) : even_second(l, w / 2, inverse_w)};
   const auto row_at = [&](int row, float (&to)[8]) {
     float first[8], second[8];
     const auto* pixels = reinterpret_cast<const uint4*>(from + row * F::LOW_WIDTH * F::DEPTH * 2);
     unpack<T>(pixels[0], first);
     unpack<T>(pixels[F::DEPTH / 8], second);
-    unrolled<8>([&](auto i) { to[i] = across.first_weight * first[i] + across.second_weight * second[i]; });
+    unrolled<8>([&](auto i) { to[i] = across[0] * first[i] + across[1] * second[i]; });
   };
   float above[8], below[8];
   row_at(0, above);
@@ -371,8 +398,8 @@ __device__ __forceinline__ void upsample_column(const uint8_t* from, const float
   for (int pair_ = 0; pair_ < F::HEIGHT / 2; ++pair_) {
     row_at(pair_ + 1, below);
     const int k = (y + 2 * pair_ + 1) / 2 - 1;  // the input before the two rows of output
-    const float weights[2][2] = {{odd_first(k, h / 2, inverse_down), odd_second(k, h / 2, inverse_down)},
-                                 {even_first(k, h / 2, inverse_down), even_second(k, h / 2, inverse_down)}};
+    const float weights[2][2] = {{odd_first(k, h / 2, inverse_h), odd_second(k, h / 2, inverse_h)},
+                                 {even_first(k, h / 2, inverse_h), even_second(k, h / 2, inverse_h)}};
     unrolled<2>([&](auto which) {
       const int row = 2 * pair_ + which;
       const bool inside = y + row >= 0 && y + row < h && column >= 0 && column < w;
@@ -396,16 +423,21 @@ __device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& s
   Ring<F::STAGES> stage(1);
   Ring<F::LOWS> low(0);
   constexpr int VECTORS = F::DEPTH / 8;
+  const float inverse_h = inverse_of(p.h / 2), inverse_w = inverse_of(p.w / 2);
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     const Tile tile(p, number, F::CUT.height);
-    synchronise(2, 32 * UPSAMPLERS);  // all are done with the gates of the tile before
-    for (int item = thread; item < F::HEIGHT * (WIDTH + 2); item += 32 * UPSAMPLERS) {
-      const int y = tile.y - 1 + item / (WIDTH + 2), x = tile.x - 1 + item % (WIDTH + 2);
-      const bool inside = p.attention && y >= 0 && y < p.h && x >= 0 && x < p.w;
-      const T* const map = static_cast<const T*>(p.attention) + tile.n * p.h * p.w;
-      shared.gates[item] = inside ? 1.0f + to_float(map[int64_t(y) * p.w + x]) : 1.0f;
+    if (p.attention || number == blockIdx.x) {
+      __syncwarp();
+      synchronise(GATES, 32 * UPSAMPLERS);  // all are done with those of the tile before
+      for (int item = thread; item < F::HEIGHT * (WIDTH + 2); item += 32 * UPSAMPLERS) {
+        const int y = tile.y - 1 + item / (WIDTH + 2), x = tile.x - 1 + item % (WIDTH + 2);
+        const bool inside = p.attention && y >= 0 && y < p.h && x >= 0 && x < p.w;
+        const T* const map = static_cast<const T*>(p.attention) + tile.n * p.h * p.w;
+        shared.gates[item] = inside ? 1.0f + to_float(map[int64_t(y) * p.w + x]) : 1.0f;
+      }
+      __syncwarp();
+      synchronise(GATES, 32 * UPSAMPLERS);
     }
-    synchronise(2, 32 * UPSAMPLERS);
     for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1] + p.chunks[SOURCES]; ++chunk, stage.next()) {
       wait(shared.empty + stage.index, stage.parity);
       if (chunk >= p.chunks[0] + p.chunks[1]) {
@@ -416,7 +448,7 @@ __device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& s
           const int pixel = item / VECTORS, vector = item % VECTORS;
           const uint32_t at = F::SPAN == 16 ? vector * F::PLANE_BYTES + pixel * 16 : pixel * F::SPAN + vector * 16;
           upsample_column<T, F>(from + (pixel / 2 * VECTORS + vector) * 16, shared.gates + pixel, to, at,
-                                tile.x - 1 + pixel, tile.y - 1, p.h, p.w);
+                                tile.x - 1 + pixel, tile.y - 1, p.h, p.w, inverse_h, inverse_w);
         }
         fence_async();
         __syncwarp();
@@ -449,17 +481,29 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
     return;
   }
   take_registers<REGISTERS>();
+  if (group == 1) synchronise(LATER, 32 * WARPS);  // so that one multiplies while the other stores
   Ring<F::STAGES> stage(0);
+  constexpr int QUADS = F::CHANNELS / 16, AHEAD = 8 / QUADS;  // rows of residual that are on their way
+  const bool residual = p.residual_before || p.residual_after;
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
+    const Tile tile(p, number, F::CUT.height);
+    const int y = tile.y + group * F::ROWS;
     float values[F::ROWS * F::VALUES], shortcut[F::SHORTCUT ? F::ROWS * F::VALUES : 1];
-    unrolled<F::ROWS * F::VALUES>([&](auto i) { values[i] = 0.0f; });
-    unrolled<F::SHORTCUT ? F::ROWS * F::VALUES : 1>([&](auto i) { shortcut[i] = 0.0f; });
+    begin<F>(values, p.weights.bias);
+    if constexpr (F::SHORTCUT) begin<F>(shortcut, p.shortcut.bias);
+    uint4 held[F::SHORTCUT ? 1 : AHEAD * QUADS] = {};
+    if constexpr (!F::SHORTCUT)
+      if (residual)
+        unrolled<AHEAD * QUADS>(
+            [&](auto i) { held[i] = held_at<T, F>(p.out, i % QUADS, tile.n, y + i / QUADS, tile.x, p.h, p.w); });
+
     int before = -1;  // the stage whose products may still run
     for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1] + p.chunks[SOURCES]; ++chunk, stage.next()) {
       wait(shared.full + stage.index, stage.parity);
       products_begin();
       multiply_stage<T, F>(shared_address(shared.stages + stage.index * F::STRIDE), group, values, shortcut);
       products_commit();
+      if (group == 0 && chunk == 0 && number == blockIdx.x) announce(LATER, 32 * WARPS);
       products_wait<1>();
       if (before >= 0 && threadIdx.x % 32 == 0) arrive(shared.empty + before);
       before = stage.index;
@@ -467,22 +511,27 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
     products_wait<0>();
     if (threadIdx.x % 32 == 0) arrive(shared.empty + before);
 
-    const Tile tile(p, number, F::CUT.height);
-    const int y = tile.y + group * F::ROWS;
     unrolled<F::ROWS>([&](auto row) {
-      finish<T, F>(values + row * F::VALUES, p.weights.bias, p.out, p.relu, p.residual_before, p.residual_after, tile.n,
-                   y + row, tile.x, p.h, p.w);
+      unrolled<QUADS>([&](auto quad) {
+        constexpr int SLOT = F::SHORTCUT ? 0 : row % AHEAD * QUADS + quad;
+        const uint4 words = held[SLOT];
+        if constexpr (!F::SHORTCUT && row + AHEAD < F::ROWS)
+          if (residual) held[SLOT] = held_at<T, F>(p.out, quad, tile.n, y + row + AHEAD, tile.x, p.h, p.w);
+        finish<T, F>(values + row * F::VALUES, quad, words, p.residual_before, p.residual_after, p.out, p.relu, tile.n,
+                     y + row, tile.x, p.h, p.w);
+        if constexpr (F::SHORTCUT)
+          finish<T, F>(shortcut + row * F::VALUES, quad, words, false, false, p.shortcut_out, p.shortcut_relu, tile.n,
+                       y + row, tile.x, p.h, p.w);
+      });
       if constexpr (row % 2 == 1)
         if (p.pooled.data)
           pool<T, F>(values + (row - 1) * F::VALUES, values + row * F::VALUES, p.pooled, tile.n, y + row - 1, tile.x,
                      p.h, p.w);
-      if constexpr (F::SHORTCUT)
-        finish<T, F>(shortcut + row * F::VALUES, p.shortcut.bias, p.shortcut_out, p.shortcut_relu, false, false, tile.n,
-                     y + row, tile.x, p.h, p.w);
     });
-    if (p.sums)
-      sum<F>(values, shared.sums, p.sums + (tile.n * p.across * p.down + tile.number) * p.sum_channels, y, tile.x, p.h,
-             p.w);
+    if (p.sums) {
+      const int64_t part = (tile.n * p.across * p.down + tile.number) * GROUPS + group;
+      sum<F>(values, shared.sums + group * 4 * F::CHANNELS, p.sums + part * p.sum_channels, group, y, tile.x, p.h, p.w);
+    }
   }
 }
 
@@ -557,7 +606,10 @@ int launch_form(const Convolution& c, void* stream) {
   for (int i = 0; i < SOURCES; ++i)
     if (const int error = take(i, c.sources[i], c.h, c.w, {F::SPAN / 2, PITCH, F::HEIGHT / F::BOXES}, F::SPAN))
       return error;
-  if (c.below.data && !SHORTCUT) return cudaErrorInvalidValue;
+  // for which there is no code
+  if ((c.below.data && !SHORTCUT) || (c.pooled.data && F::ROWS % 2) ||
+      ((c.residual_before || c.residual_after) && SHORTCUT))
+    return cudaErrorInvalidValue;
   if (const int error = take(SOURCES, c.below, c.h / 2, c.w / 2, {F::DEPTH, F::LOW_WIDTH, F::LOW_HEIGHT}, 16))
     return error;
   p.h = int(c.h), p.w = int(c.w);

@@ -35,7 +35,7 @@ struct Convolution {
   Features out;
   bool relu, residual_before, residual_after;  // residual: what out holds is added, before or after the ReLU
   Features pooled;                             // the maxima of 2x2 pixels of out
-  float* sums;                                 // of out over each tile: [N, tiles, sum_channels]; or null
+  float* sums;  // of out over what a warpgroup has of each tile: [N, tiles * GROUPS, sum_channels]; or null
   int64_t sum_channels;
   Weights shortcut;  // a 1x1 convolution of the sources into shortcut_out
   Features shortcut_out;

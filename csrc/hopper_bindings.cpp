@@ -112,6 +112,7 @@ void define(py::module_& module) {
     return std::array<int, 5>{cut.height, cut.width, cut.depth, cut.slots, cut.zeros};
   });
   all.attr("SUMMED") = SUMMED;
+  all.attr("GROUPS") = GROUPS;
   auto half = all.def_submodule("float16"), bfloat = all.def_submodule("bfloat16");
   define_for<Half>(half);
   define_for<BFloat>(bfloat);

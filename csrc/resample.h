@@ -15,10 +15,22 @@ struct Source {
 SCOAT_BOTH float inverse_of(int64_t size) { return 1.0f / float(2 * size - 1); }
 
 // Weights of inputs k and k + 1 in the outputs 2k + 1 and 2k + 2, the two between them.
-SCOAT_BOTH float odd_first(int64_t k, int64_t size, float inverse) { return float(size + k) * inverse; }
-SCOAT_BOTH float odd_second(int64_t k, int64_t size, float inverse) { return float(size - 1 - k) * inverse; }
-SCOAT_BOTH float even_first(int64_t k, int64_t, float inverse) { return float(k + 1) * inverse; }
-SCOAT_BOTH float even_second(int64_t k, int64_t size, float inverse) { return float(2 * size - 2 - k) * inverse; }
+template <typename Int>
+SCOAT_BOTH float odd_first(Int k, Int size, float inverse) {
+  return float(size + k) * inverse;
+}
+template <typename Int>
+SCOAT_BOTH float odd_second(Int k, Int size, float inverse) {
+  return float(size - 1 - k) * inverse;
+}
+template <typename Int>
+SCOAT_BOTH float even_first(Int k, Int, float inverse) {
+  return float(k + 1) * inverse;
+}
+template <typename Int>
+SCOAT_BOTH float even_second(Int k, Int size, float inverse) {
+  return float(2 * size - 2 - k) * inverse;
+}
 
 SCOAT_BOTH Source source_of(int64_t output, int64_t size, float inverse) {
   const int64_t k = (output + 1) / 2 - 1;  // from -1, where output 0 is input 0 alone

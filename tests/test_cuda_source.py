@@ -41,7 +41,17 @@ def emulated(tmp_path_factory):
     target = tmp_path_factory.mktemp("emulated") / "_C.so"
     folders = [Path(__file__).parent / "emulated_cuda", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
     sources = [CSRC / name for name in ("cuda.cu", "cpu.cpp", "cpu_dispatch.cpp", "engine_cpu.cpp", "bindings.cpp")]
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp-simd", "-Wno-psabi", "-DSCOAT_ISA=base"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fno-gnu-unique",
+        "-shared",
+        "-fopenmp-simd",
+        "-Wno-psabi",
+        "-DSCOAT_ISA=base",
+    ]
     command += ["-DSCOAT_EMULATED", "-DSCOAT_CUDA", *(f"-I{folder}" for folder in folders), "-x", "c++"]
     subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
     spec = importlib.util.spec_from_file_location("_C", target)

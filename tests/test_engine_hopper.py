@@ -38,7 +38,18 @@ def emulated(tmp_path_factory):
     pybind11 = pytest.importorskip("pybind11")
     folder, here = tmp_path_factory.mktemp("emulated"), Path(__file__).parent / "emulated_cuda"
     includes = [here, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-Wno-psabi", *(f"-I{i}" for i in includes), "-x", "c++", "-c"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fno-gnu-unique",
+        "-Wno-psabi",
+        *(f"-I{i}" for i in includes),
+        "-x",
+        "c++",
+        "-c",
+    ]
     sources = [(CSRC / "hopper.cu", ["-DSCOAT_TYPE=Half"]), (CSRC / "hopper.cu", ["-DSCOAT_TYPE=BFloat"])]
     sources += [(CSRC / "hopper_bindings.cpp", []), (here / "hopper_module.cpp", [])]
     objects = [str(folder / f"{i}.o") for i in range(len(sources))]
@@ -47,8 +58,8 @@ def emulated(tmp_path_factory):
         for (source, options), to in zip(sources, objects, strict=True)
     ]
     assert [process.wait() for process in running] == [0] * len(sources)
-    subprocess.run([compiler, "-shared", *objects, "-o", str(folder / "_C.so")], check=True)
-    spec = importlib.util.spec_from_file_location("_C", folder / "_C.so")
+    subprocess.run([compiler, "-shared", *objects, "-o", str(folder / "_hopper.so")], check=True)
+    spec = importlib.util.spec_from_file_location("_hopper", folder / "_hopper.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -285,7 +296,8 @@ def machine_code() -> dict[str, tuple[str, str]]:
 
 def test_machine_code_has_no_spills(machine_code):
     for name, (resources, code) in machine_code.items():
-        assert re.search(r"STACK:0 .*LOCAL:0 ", resources), (name, resources)
+        # a block begins with so many: what warpgroups then take and give is reckoned from them
+        assert re.search(r"REG:168 STACK:0 .*LOCAL:0 ", resources), (name, resources)
         assert not re.search(r"\b(LDL|STL)\b", code), name
 
 

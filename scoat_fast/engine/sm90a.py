@@ -52,13 +52,13 @@ def why_triton(step: Step) -> str | None:
 
 
 def parts(step: Step, height: int, width: int, device: torch.device, dtype: torch.dtype) -> int:
-    """In how many parts a step leaves sums over ``height`` x ``width`` pixels: its tiles."""
+    """In how many parts a step leaves sums over ``height`` x ``width`` pixels: one of each warpgroup for each tile."""
     if why_triton(step) is not None:
         return triton.parts(step, height, width, device, dtype)
     if isinstance(step, Gate):
         return -(-height * width // (4 * _native._C.hopper.SUMMED))
     cut = _cut(step)
-    return -(-height // cut.height) * -(-width // cut.width)
+    return -(-height // cut.height) * -(-width // cut.width) * _native._C.hopper.GROUPS
 
 
 def rows(step: Convolve) -> int:

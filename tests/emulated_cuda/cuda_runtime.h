@@ -87,15 +87,15 @@ inline void progress() { progressed = true; }
 // Lets the other threads run.
 inline void give_way() { swapcontext(&threads[current].context, &scheduler); }
 
-// Waits until so many threads have come here.
-inline void meet(int name, unsigned size) {
+// Waits until so many threads have come here, or only says that one more has.
+inline void meet(int name, unsigned size, bool waits = true) {
   Meeting& meeting = meetings[name];
   const unsigned number = meeting.number;
   if (++meeting.arrived == size) {
     meeting = {0, number + 1};
     progress();
   }
-  while (meeting.number == number) give_way();
+  while (waits && meeting.number == number) give_way();
 }
 
 inline void run(unsigned blocks, dim3 block, std::function<void()> kernel) {

@@ -5,4 +5,4 @@ namespace scoat::hopper {
 void define(pybind11::module_& module);
 }
 
-PYBIND11_MODULE(_C, module) { scoat::hopper::define(module); }
+PYBIND11_MODULE(_hopper, module) { scoat::hopper::define(module); }

@@ -117,6 +117,7 @@ inline void copy_box(void* to, const CUtensorMap* map, Barrier* barrier, int c, 
 
 inline void fence_async() {}
 inline void synchronise(int name, int threads) { emulated::meet(-1 - name, unsigned(threads)); }
+inline void announce(int name, int threads) { emulated::meet(-1 - name, unsigned(threads), false); }
 template <int>
 void take_registers() {}
 template <int>
