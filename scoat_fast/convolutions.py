@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+METHODS = {"forward", "_conv_forward"}
 
 
 def two_convolutions(x: Tensor, spatial: nn.Module, pointwise: nn.Module) -> tuple[Tensor, Tensor]:
     """``spatial(x), pointwise(x)``, a 3x3 convolution with a border of one zero and a 1x1 convolution.
 
-    [N, C, H, W] -> [N, D, H, W] each. Modules that somebody has put in their place, or hung hooks on, are called.
+    [N, C, H, W] -> [N, D, H, W] each. Modules that somebody has put in their place, hung hooks on or given another
+    method are called.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return spatial(x), pointwise(x)
@@ -29,6 +31,8 @@ def two_convolutions(x: Tensor, spatial: nn.Module, pointwise: nn.Module) -> tup
 def _is_plain(module: nn.Module, side: int) -> bool:
     """Whether a module does what its weight says and nothing else: a convolution that keeps height and width."""
     if type(module) is not nn.Conv2d or any(getattr(module, name) for name in HOOKS):
+        return False
+    if any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS) or vars(module).keys() & METHODS:
         return False
     options = module.kernel_size, module.padding, module.stride, module.dilation, module.groups, module.padding_mode
     return options == ((side, side), (side // 2, side // 2), (1, 1), (1, 1), 1, "zeros")

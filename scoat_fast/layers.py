@@ -26,9 +26,10 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         own_statistics = self.training or self.running_mean is None
         if not own_statistics or self.weight is None or torch.compiler.is_exporting():
             return _relu_of_sum(super().forward(x), residual)
-        y, mean, var = batch_norm_relu(x, self.weight, self.bias, residual, self.eps)
+        weight, bias = self.weight, self.bias  # once: a parametrization may draw them anew
+        y, mean, var = batch_norm_relu(x, weight, bias, residual, self.eps)
         if residual is None:
-            forget(y, partial(normalize_again, eps=self.eps), x, self.weight, self.bias, mean, var)
+            forget(y, partial(normalize_again, eps=self.eps), x, weight, bias, mean, var)
         if self.training and self.track_running_stats:
             self._track(mean, var, x.numel() // x.shape[1])
         return y

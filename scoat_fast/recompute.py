@@ -59,17 +59,21 @@ def forget(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tens
 
 def _kept(tensor: Tensor) -> _Kept | _Recipe:
     """What stands for a tensor until the backward pass."""
-    recipe = _local.recipes.get(_place(tensor))
-    # memory is used again: what lies there is the result only while that lives
-    if recipe is None or recipe.result() is None:
-        _local.kept[_place(tensor)] = kept = _Kept(tensor)
+    place = _place(tensor)
+    recipe = _local.recipes.get(place)
+    result = None if recipe is None else recipe.result()
+    # memory is used again: what lies there is the result only while that lives, and lies there
+    if result is None or _place(result) != place:
+        _local.kept[place] = kept = _Kept(tensor)
         return kept
     recipe.uses += 1
     return recipe
 
 
 def _place(tensor: Tensor) -> tuple:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+    """Where in memory a tensor lies, as what, and at which version: once modified in place it is another."""
+    layout = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    return tensor.untyped_storage()._cdata, *layout, tensor._version
 
 
 class _Kept:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 
 from scoat_fast.convolutions import two_convolutions
@@ -108,3 +109,19 @@ def test_modules_that_are_more_than_their_weights_are_called():
         pointwise.weight_orig.add_(1)
     for a, b in zip(two_convolutions(x, spatial, pointwise), stock(x, spatial, pointwise), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["forward", "_conv_forward"])
+def test_modules_whose_methods_somebody_replaced_are_called(method):
+    x, spatial, pointwise = made(torch.float32)
+    original = getattr(pointwise, method)
+    setattr(pointwise, method, lambda *given: 2 * original(*given))
+    for a, b in zip(two_convolutions(x, spatial, pointwise), stock(x, spatial, pointwise), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hooks_on_all_modules_are_called():
+    x, *convs = made(torch.float32)
+    with register_module_forward_hook(lambda module, given, y: 2 * y):
+        for a, b in zip(two_convolutions(x, *convs), stock(x, *convs), strict=True):
+            assert torch.equal(a, b)

@@ -8,7 +8,10 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import scoat_fast.model
@@ -174,6 +177,74 @@ def test_memory_of_what_an_operation_gave_up_is_not_mistaken_when_it_is_used_aga
     del other
     sum(terms).backward()
     torch.testing.assert_close(w.grad, torch.full((1000,), 300.0))
+
+
+@pytest.mark.parametrize("change", ["mul_", "dropout", "view", "no_grad", "data"])
+def test_results_that_somebody_changed_in_place_are_no_longer_what_a_recipe_makes(change, kept_all):
+    def hook(module, given, output):
+        if change == "mul_":
+            output.mul_(0.5)
+        elif change == "dropout":
+            torch.manual_seed(1)
+            F.dropout(output, 0.5, inplace=True)
+        elif change == "view":
+            output[:, ::2].mul_(0.5)
+        elif change == "no_grad":
+            with torch.no_grad():
+                output.mul_(0.5)
+        else:
+            output.data = output.data * 0.5
+
+    net, x = made()
+    for gate in (net.conv1_1.ca, net.conv2_2.ca):
+        gate.register_forward_hook(hook)
+    assert same(gradients(net, x), kept_all(net, x))
+
+
+def test_what_was_kept_before_a_change_in_place_is_refused():
+    x = torch.rand(5, requires_grad=True)
+    with recomputing():
+        y = x * 1
+        loss = y.square().sum()
+        forget(y.mul_(2), lambda x: 2 * x, x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_memory_that_a_living_result_left_is_not_mistaken():
+    w = torch.ones(5, requires_grad=True)
+    with recomputing():
+        y = forget(w + 1, lambda w: w + 1, w)
+        other = y.data
+        y.data = torch.zeros(5)
+        other.numpy()[:] = 7  # as whoever gets the memory next writes to it
+        loss = (w * other).sum()
+    loss.backward()
+    assert torch.equal(w.grad, torch.full((5,), 7.0))
+
+
+def test_memory_read_as_another_dtype_is_not_mistaken():
+    w = torch.full((5,), 3.0, dtype=torch.float16, requires_grad=True)
+    with recomputing():
+        y = forget(w * 1, lambda w: w * 1, w)
+        other = y.detach().view(torch.bfloat16)
+        loss = (w.bfloat16() * other).sum()
+    loss.backward()
+    assert torch.equal(w.grad, other.half()) and other[0] == 32
+
+
+def test_weights_that_are_drawn_anew_whenever_they_are_asked_for(kept_all):
+    class Noise(nn.Module):
+        def forward(self, weight):
+            return weight + torch.rand_like(weight)
+
+    def run(net, x):
+        torch.manual_seed(2)
+        return net(x)
+
+    net, x = made()
+    parametrize.register_parametrization(net.conv0_0.bn1, "weight", Noise())
+    assert same(gradients(net, x, run=run), kept_all(net, x, run=run))
 
 
 def test_memory_that_is_used_again_is_not_mistaken():
