@@ -374,6 +374,7 @@ def test_model_rows_are_checked_before_they_are_timed(tmp_path, monkeypatch, cap
     assert {"eager float32", "SCOATNet float32", "engine reference float32"} <= set(names)
     for row in result["rows"]:
         assert row["us_per_slice"] > 0 and row["percent_of_floor"] > 0
+        assert row["ms_per_batch"] == pytest.approx(row["us_per_slice"] * row["batch"] / 1000)
         assert row["error"] < 1e-5
         assert {"name", "width", "batch", "dtype", "us_per_slice", "peak_mib", "error"} <= row.keys()
         assert (row["peak_mib"] is None) == row["name"].startswith("ONNX")

@@ -25,7 +25,8 @@ from .memory import peak_bytes
 FLOAT8_DICE = 0.75  # with the exact mask of noise, whose logits are mostly near the threshold; chance is 0.5
 
 COLUMNS = (
-    f"{'name':42}{'width':>6}{'batch':>6}{'us a slice':>13}{'slices/s':>10}{'of floor':>10}{'peak MiB':>10}{'error':>9}"
+    f"{'name':42}{'width':>6}{'batch':>6}{'ms a batch':>12}{'us a slice':>13}{'slices/s':>10}{'of floor':>10}"
+    f"{'peak MiB':>10}{'error':>9}"
 )
 
 
@@ -45,11 +46,11 @@ def run(
 
     Returns:
         What the file holds: the machine, ``copy_gb_per_s`` and ``matrix_tflop_per_s`` by dtype, and ``rows`` with
-        ``name, width, batch, size, dtype, us_per_slice, peak_mib, error, percent_of_floor, reason``; times are null
-        where ``reason`` is not, the peak for ONNX Runtime, too. On a CPU the peak is without weights and input. The
-        floor is what those two rates leave for the bytes and operations of a direct convolution: Winograd's algorithm
-        may be faster. With ``details`` also ``steps``, the engine's steps one by one, and ``convolutions``, what
-        PyTorch's own reach at the network's shapes.
+        ``name, width, batch, size, dtype, ms_per_batch, us_per_slice, peak_mib, error, percent_of_floor, reason``:
+        times, the first of which is the latency, are null where ``reason`` is not, the peak for ONNX Runtime, too. On a
+        CPU the peak is without weights and input. The floor is what those two rates leave for the bytes and operations
+        of a direct convolution: Winograd's algorithm may be faster. With ``details`` also ``steps``, the engine's steps
+        one by one, and ``convolutions``, what PyTorch's own reach at the network's shapes.
     """
     result = {**facts(device, commit), "copy_gb_per_s": copy_gb_per_s(device, 0.5)}
     dtypes = (torch.float32, *HALVES) if device.type == "cuda" else (torch.float32,)
@@ -96,7 +97,7 @@ def _rate(row: dict) -> str:
 
 def measure(contender: Contender, net: SCOATNet, x: Tensor, exact: Tensor, seconds: float) -> dict:
     """Checks, then times. ``x`` [N, 1, H, W]; ``exact`` [N, 1, H, W] are its logits in float64, on the CPU."""
-    row: dict = {"us_per_slice": None, "peak_mib": None, "error": None, "reason": None}
+    row: dict = {"ms_per_batch": None, "us_per_slice": None, "peak_mib": None, "error": None, "reason": None}
     try:
         with torch.no_grad(), _tf32(contender.tf32):
             if x.is_cuda:
@@ -110,7 +111,8 @@ def measure(contender: Contender, net: SCOATNet, x: Tensor, exact: Tensor, secon
             if contender.in_torch:
                 held = 0 if x.is_cuda else getattr(call, "held_bytes", 0)  # a GPU's peak has it in it
                 row["peak_mib"] = (peak_bytes(call, x.device) + held) / 2**20
-            row["us_per_slice"] = median_ms(call, x.device, seconds) * 1000 / len(x)
+            row["ms_per_batch"] = median_ms(call, x.device, seconds)
+            row["us_per_slice"] = row["ms_per_batch"] * 1000 / len(x)
     except Exception as failure:  # out of memory, say: the other rows keep their numbers
         row["reason"] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
     return row
@@ -198,6 +200,7 @@ def line(row: dict) -> str:
     """One row, with the reason at the end where there is no time."""
     us, peak, error, percent = (row[key] for key in ("us_per_slice", "peak_mib", "error", "percent_of_floor"))
     numbers = (
+        f"{'-' if us is None else format(row['ms_per_batch'], '.2f'):>12}"
         f"{'-' if us is None else format(us, '.1f'):>13}{'-' if us is None else format(1e6 / us, '.1f'):>10}"
         f"{'-' if percent is None else format(percent, '.0f') + ' %':>10}"
         f"{'-' if peak is None else format(peak, '.0f'):>10}{'-' if error is None else format(error, '.1e'):>9}"
