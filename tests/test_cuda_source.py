@@ -20,6 +20,7 @@ from scoat_fast.ops import parity
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
+EMULATED = Path(__file__).parent / "emulated_cuda"
 NVCC = shutil.which("nvcc")
 
 
@@ -31,33 +32,37 @@ def disassembler() -> str | None:
     return found
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """The extension with its CUDA kernels compiled for the CPU, see ``emulated_cuda/cuda_runtime.h``."""
+def load_emulated(folder: Path, name: str, sources: list[tuple[Path, list[str]]]) -> types.ModuleType:
+    """An extension of sources, each with options of its own, compiled for the CPU as ``emulated_cuda`` says.
+
+    Two in one process must have different names: Python takes the first one for both.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
     pybind11 = pytest.importorskip("pybind11")
-    target = tmp_path_factory.mktemp("emulated") / "_C.so"
-    folders = [Path(__file__).parent / "emulated_cuda", CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-    sources = [CSRC / name for name in ("cuda.cu", "cpu.cpp", "cpu_dispatch.cpp", "engine_cpu.cpp", "bindings.cpp")]
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-fno-gnu-unique",
-        "-shared",
-        "-fopenmp-simd",
-        "-Wno-psabi",
-        "-DSCOAT_ISA=base",
+    includes = [EMULATED, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-fno-gnu-unique", "-Wno-psabi", *(f"-I{i}" for i in includes)]
+    objects = [str(folder / f"{i}.o") for i in range(len(sources))]
+    running = [
+        subprocess.Popen([*command, *options, "-x", "c++", "-c", str(source), "-o", to])
+        for (source, options), to in zip(sources, objects, strict=True)
     ]
-    command += ["-DSCOAT_EMULATED", "-DSCOAT_CUDA", *(f"-I{folder}" for folder in folders), "-x", "c++"]
-    subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
-    spec = importlib.util.spec_from_file_location("_C", target)
+    assert [process.wait() for process in running] == [0] * len(sources)
+    target = folder / f"{name}.so"
+    subprocess.run([compiler, "-shared", *objects, "-o", str(target)], check=True)
+    spec = importlib.util.spec_from_file_location(name, target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The extension with its CUDA kernels compiled for the CPU, see ``emulated_cuda/cuda_runtime.h``."""
+    options = ["-fopenmp-simd", "-DSCOAT_ISA=base", "-DSCOAT_EMULATED", "-DSCOAT_CUDA"]
+    names = ("cuda.cu", "cpu.cpp", "cpu_dispatch.cpp", "engine_cpu.cpp", "bindings.cpp")
+    return load_emulated(tmp_path_factory.mktemp("emulated"), "_C", [(CSRC / name, options) for name in names])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])

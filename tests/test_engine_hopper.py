@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import runpy
-import shutil
 import subprocess
 import sys
-import sysconfig
 import types
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from engine_steps import run_steps, trained
-from test_cuda_source import CSRC, ROOT, disassembler, machine_code_of
+from test_cuda_source import CSRC, EMULATED, ROOT, disassembler, load_emulated, machine_code_of
 
 import scoat_fast
 from scoat_fast import SCOATNet
@@ -32,37 +28,9 @@ SLACK, FLOOR = 2.0, 2e-6  # times stock torch's own error in the same dtype; of 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """csrc/hopper.cu compiled for the CPU, see ``emulated_cuda/hopper_ptx.h``."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    pybind11 = pytest.importorskip("pybind11")
-    folder, here = tmp_path_factory.mktemp("emulated"), Path(__file__).parent / "emulated_cuda"
-    includes = [here, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-fno-gnu-unique",
-        "-Wno-psabi",
-        *(f"-I{i}" for i in includes),
-        "-x",
-        "c++",
-        "-c",
-    ]
-    sources = [(CSRC / "hopper.cu", ["-DSCOAT_TYPE=Half"]), (CSRC / "hopper.cu", ["-DSCOAT_TYPE=BFloat"])]
-    sources += [(CSRC / "hopper_bindings.cpp", []), (here / "hopper_module.cpp", [])]
-    objects = [str(folder / f"{i}.o") for i in range(len(sources))]
-    running = [
-        subprocess.Popen([*command, *options, str(source), "-o", to])
-        for (source, options), to in zip(sources, objects, strict=True)
-    ]
-    assert [process.wait() for process in running] == [0] * len(sources)
-    subprocess.run([compiler, "-shared", *objects, "-o", str(folder / "_hopper.so")], check=True)
-    spec = importlib.util.spec_from_file_location("_hopper", folder / "_hopper.so")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sources = [(CSRC / "hopper.cu", [f"-DSCOAT_TYPE={kind}"]) for kind in ("Half", "BFloat")]
+    sources += [(CSRC / "hopper_bindings.cpp", []), (EMULATED / "hopper_module.cpp", [])]
+    return load_emulated(tmp_path_factory.mktemp("emulated"), "_hopper", sources)
 
 
 @pytest.fixture
