@@ -471,6 +471,7 @@ def test_bad_options():
     for options, error, reason in (
         ({"dtype": torch.int8}, ValueError, "bfloat16, float8_e4m3fn, got torch.int8"),
         ({"backend": "tpu"}, ValueError, "got 'tpu'"),
+        ({"device": "meta"}, ValueError, "got the meta device"),
         ({"batch_sizes": ()}, ValueError, "batch sizes"),
         ({"batch_sizes": (0,)}, ValueError, "batch sizes"),
         ({"batch_sizes": 8}, ValueError, "batch sizes from 1 on are wanted, got 8"),
@@ -482,6 +483,8 @@ def test_bad_options():
     ):
         with pytest.raises(error, match=reason):
             scoat_fast.compile(net, **options)
+    with pytest.raises(ValueError, match="weights that hold numbers are wanted"):
+        scoat_fast.compile(SCOATNet(width=3).to("meta"), device="cpu")
     with pytest.raises(ValueError, match="not that of Linear"):
         scoat_fast.compile(torch.nn.Linear(1, 1))
 

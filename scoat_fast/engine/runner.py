@@ -116,6 +116,8 @@ def compile(
     shape = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(shape) != 2 or not all(map(_is_count, shape)):
         raise ValueError(f"a height and width from 1 on are wanted, got {size}")
+    if "meta" in {device.type, *(x.device.type for x in net.state_dict().values())}:
+        raise ValueError("a device and weights that hold numbers are wanted, got the meta device")
     if (dtype == FLOAT8) != (calibration is not None):
         raise ValueError(f"calibration slices are wanted for float8_e4m3fn and for nothing else, got {dtype}")
     if calibration is not None and not len(calibration):
