@@ -12,7 +12,8 @@
 #   benchmarks/run_on_gpu.sh ops              the fused operations: Triton, CUDA, eager and torch.compile
 #   benchmarks/run_on_gpu.sh weights DATA     trains scoat-w32 at 512x512 (goes on where it was stopped)
 #
-# Each builds the extension first, which needs nvcc, pybind11 and ninja. Results go to $OUT (default: out/gpu).
+# Each builds the extension first, which needs nvcc, pybind11 and ninja. Results go to $OUT (default: out/gpu), in eight
+# files at most.
 # COMMIT names what is measured, where there is no git. WHEELS is a folder of wheels to install first, where nothing can be
 # downloaded: pip download --only-binary=:all: --no-deps --python-version 3.12 -d FOLDER nibabel pydicom
 set -uo pipefail
@@ -48,10 +49,10 @@ case $part in
     for planes in False True; do
       way=$([ $planes = True ] && echo planes || echo swizzled)
       tests() { timeout -k 10 "$1" python3 -m pytest --tb=short -p no:cacheprovider tests/test_engine_hopper.py \
-        -k "$2 and $way" >"$out/hopper_$way.$3.log" 2>&1; }
-      tests 60 "test_every_step_on_a_gpu and form0 and bfloat16" first && tests 120 gpu all
+        -k "$2 and $way" >>"$out/hopper_$way.log" 2>&1; }
+      tests 60 "test_every_step_on_a_gpu and form0 and bfloat16" && tests 120 gpu
       code=$?
-      tail -n 15 "$out/hopper_$way".*.log
+      tail -n 15 "$out/hopper_$way.log"
       [ $code = 0 ] || { echo "$way: exit code $code, not timed" && continue; }
       timeout -k 10 100 python3 -c "
 import sys
@@ -59,12 +60,12 @@ from scoat_fast import cli
 from scoat_fast.engine import sm90a
 sm90a.planes = $planes
 sys.exit(cli.main(sys.argv[1:]))" bench model --width 32 --batch 32 --seconds 0.5 --details \
-        --commit "$commit" -o "$out/hopper_$way.json" >"$out/hopper_$way.log" 2>&1
+        --commit "$commit" -o "$out/hopper_$way.json" >>"$out/hopper_$way.log" 2>&1
       grep -E 'engine (triton|sm90a) b|no time' "$out/hopper_$way.log"
     done
     # what limits the kernels, where counters may be read
-    ! command -v ncu >/dev/null || timeout -k 10 120 ncu --section SpeedOfLight --section WarpStateStats \
-      -k regex:convolve_tiles -c 20 python3 -c "
+    ! command -v ncu >/dev/null || timeout -k 10 120 ncu --clock-control none --section SpeedOfLight \
+      --section WarpStateStats -k regex:convolve_tiles -c 20 python3 -c "
 import scoat_fast, torch
 net = scoat_fast.SCOATNet().cuda()
 scoat_fast.compile(net, backend='sm90a', batch_sizes=(8,))(torch.rand(8, 1, 512, 512, device='cuda'))" >"$out/ncu.log" 2>&1
@@ -98,12 +99,13 @@ scoat_fast.compile(net, backend='sm90a', batch_sizes=(8,))(torch.rand(8, 1, 512,
     ;;
   ops)
     # each ends in good time, with the rows that it has by then; compiling takes seconds a row, so at one batch only
+    log=$(mktemp)
     bench_ops() {
       timeout -k 10 "$2" python3 -m scoat_fast.cli bench ops --device cuda --layout both --seconds 0.1 \
-        --commit "$commit" -o "$out/$1.json" "${@:3}" >"$out/$1.log" 2>&1 ||
-        { echo "$1: exit code $?" && tail -2 "$out/$1.log"; }
-      head -3 "$out/$1.log" && grep 'no time' "$out/$1.log" | cut -c-203 | head -10
-      grep -E ' (triton|cuda) ' "$out/$1.log" | grep -v 'no time' | cut -c-137 | head -18
+        --commit "$commit" -o "$out/$1.json" "${@:3}" >"$log" 2>&1 || { echo "$1: exit code $?" && tail -2 "$log"; }
+      head -3 "$log" && grep 'no time' "$log" | cut -c-203 | head -10
+      grep -E ' (triton|cuda) ' "$log" | grep -v 'no time' | cut -c-137 | head -18
+      cat "$log" >>"$out/ops.log"
     }
     bench_ops ops_bfloat16 250 --dtype bfloat16 --batch 32
     bench_ops ops_bfloat16_small 90 --dtype bfloat16 --batch 8 1 --implementation eager triton cuda

@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 from scoat_fast import SCOATNet
+from scoat_fast.imaging.volume import Turn
+from scoat_fast.imaging.window import Window
 from scoat_fast.pretrained import Pretrained, save
 from scoat_fast.train.data import COLUMNS
 
@@ -80,6 +82,15 @@ def ct(phantom, tmp_path) -> Path:
     path = tmp_path / "ct.nii.gz"
     nib.save(nib.Nifti1Image(phantom, ASYMMETRIC), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def real_slices() -> torch.Tensor:
+    """Slices [N, 1, H, W], as ``scoat-w16`` takes them, of a patient with opacity that it was not trained on."""
+    volume = nib.load(Path(__file__).parent.parent / "examples" / "ct.nii.gz")
+    slices = Turn(volume.affine).to_slices(volume.get_fdata(dtype=np.float32))[::4]
+    window = Window(*SCOATNet.from_pretrained("scoat-w16").pretrained.window)
+    return torch.from_numpy(window.apply(slices))[:, None]
 
 
 PATIENTS = ("p1", "p1", "p2", "p2", "p3", "")

@@ -10,10 +10,8 @@ import sys
 import threading
 import warnings
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -27,8 +25,6 @@ from scoat_fast import ScoatFastError, SCOATNet, WeightsError
 from scoat_fast.bench.eager import EagerSCOATNet
 from scoat_fast.engine import calibrate, pack, plan, reference, runner
 from scoat_fast.engine.layout import FLOAT8, lay_out, view_of
-from scoat_fast.imaging.volume import Turn
-from scoat_fast.imaging.window import Window
 
 FORMS = (
     {"width": 8},
@@ -416,19 +412,15 @@ def test_scales_bring_features_into_range():
         assert largest[plan.Slice("between0_0", 0, 8)] > torch.finfo(FLOAT8).max / 4
 
 
-def test_float8_finds_the_same_opacity():
-    """On slices of a patient that the weights were not trained on."""
+def test_float8_finds_the_same_opacity(real_slices):
     net = SCOATNet.from_pretrained("scoat-w16").eval()
-    volume = nib.load(Path(__file__).parent.parent / "examples" / "ct.nii.gz")
-    slices = Turn(volume.affine).to_slices(volume.get_fdata(dtype=np.float32))[::4]
-    x = torch.from_numpy(Window(*net.pretrained.window).apply(slices))[:, None]
-    engine = scoat_fast.compile(net, dtype=FLOAT8, calibration=x, batch_sizes=(2,))
+    engine = scoat_fast.compile(net, dtype=FLOAT8, calibration=real_slices, batch_sizes=(2,))
     assert engine.backend == "reference" and "not in float8" in engine.refusals["cpu"]
-    found = engine.parity(x)
+    found = engine.parity(real_slices)
     assert 0 < found.relative < 0.1 and 0.97 < found.dice < 1
     assert 0.97 < engine.calibration_dice < 1
     assert f"bfloat16 on the calibration slices: {engine.calibration_dice:.4f}" in str(engine)
-    assert engine(x).dtype == torch.float32
+    assert engine(real_slices).dtype == torch.float32
     places = lay_out(engine.plan, reference, 1, 256, 256, engine.device, FLOAT8).places
     assert {name: places[name][2] for name in ("row0", "x0_4", "input")} == {
         "row0": FLOAT8, "x0_4": torch.bfloat16, "input": torch.bfloat16
