@@ -113,9 +113,7 @@ def plan() -> tuple[dict, str | None, str | None]:
     report["openmp"] = compiles(compiler, [*CXX_FLAGS, "-fopenmp"])
     try:
         nvcc = find_nvcc()
-        if not compiles(
-            nvcc, [*nvcc_flags(compiler), *cuda_targets()], ".cu"
-        ):  # too old for the targets, or for the C++ compiler
+        if not compiles(nvcc, [*nvcc_flags(compiler), *cuda_targets()], ".cu"):  # too old for these, or for the C++ one
             raise Refused(f"{nvcc} could not compile a small program for {CUDA_ARCHITECTURES} when it was built")
     except Refused as reason:
         if wanted("SCOAT_FAST_CUDA") == "1":
