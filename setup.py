@@ -165,7 +165,7 @@ def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, open
         )
         for rule, tail in (("nvcc", ""), ("nvcc_hopper", f" {checked}")):
             lines += [f"rule {rule}", f"  command = {command}{tail}", "  depfile = $out.d", "  deps = gcc"]
-        for kind in ("Half", "BFloat") if hopper else ():  # the longest first
+        for kind in ("BFloat", "E4M3", "Half") if hopper else ():  # the longest first
             build("nvcc_hopper", "hopper.cu", f"hopper_{kind}.o", " ".join([f"-DSCOAT_TYPE={kind}", *HOPPER_TARGETS]))
         if hopper:
             build("cxx", "hopper_bindings.cpp", "hopper_bindings.o")

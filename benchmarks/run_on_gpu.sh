@@ -47,10 +47,10 @@ case $part in
   hopper)
     # both ways to lie in shared memory, each first with a few steps: what waits for ever then costs a minute
     for planes in False True; do
-      way=$([ $planes = True ] && echo planes || echo swizzled)
+      way=$([ $planes = True ] && echo planes || echo swizzled)  # the latter in three dtypes, the former in one
       tests() { timeout -k 10 "$1" python3 -m pytest --tb=short -p no:cacheprovider tests/test_engine_hopper.py \
         -k "$2 and $way" >>"$out/hopper_$way.log" 2>&1; }
-      tests 60 "test_every_step_on_a_gpu and form0 and bfloat16" && tests 120 gpu
+      tests 60 "test_every_step_on_a_gpu and form0 and bfloat16" && tests $([ $planes = True ] && echo 80 || echo 160) gpu
       code=$?
       tail -n 15 "$out/hopper_$way.log"
       [ $code = 0 ] || { echo "$way: exit code $code, not timed" && continue; }

@@ -1,10 +1,11 @@
 // 3x3 convolutions on Hopper's tensor cores. A tile of pixels with its border lies in shared memory once for all nine
 // taps, as each tap is the same matrix from another address on: see docs/hopper.md.
-// SCOAT_TYPE is Half or BFloat.
+// SCOAT_TYPE is Half, BFloat or E4M3.
 #include <hopper_ptx.h>  // the tests have one of their own
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "hopper.h"
@@ -29,30 +30,35 @@ constexpr unsigned ALL = 0xffffffffu;
 // for ever.
 static_assert(GROUPS * REGISTERS + LEFT_REGISTERS <= (GROUPS + 1) * (65536 / THREADS / 8 * 8));
 
-// A kernel for CHANNELS outputs. A stage holds DEPTH channels of a tile and its border, and their weights:
+// A kernel for CHANNELS outputs from sources of T. A stage holds DEPTH channels of a tile and its border, and their
+// weights, 16 bytes of channels beside each other:
 //
-// pixels    [planes][HEIGHT][PITCH][SPAN bytes]; with PLANES a plane has 8 channels, else there is one, swizzled
-// weights   [3 horizontal taps][STEPS][2][slots][CHANNELS][8], a slot being a vertical tap, the last first
-// shortcut  [STEPS][2][CHANNELS][8]
+// pixels    [planes][HEIGHT][PITCH][SPAN bytes]; with PLANES a plane has 16 bytes, else there is one, swizzled
+// weights   [3 horizontal taps][STEPS][2][slots][CHANNELS][16 bytes], a slot being a vertical tap, the last first
+// shortcut  [STEPS][2][CHANNELS][16 bytes]
 //
-// A matrix product multiplies 16 channels: those of 64 pixels of a row, with those of JOINED slots, for as many rows of
-// output: row i of the tile's rows and border meets slot JOINED + 1 - i and those after it. Slots of zeros stand for
-// vertical taps that there are not.
-template <int CHANNELS_, bool SHORTCUT_, bool PLANES>
+// A matrix product multiplies 32 bytes of channels: those of 64 pixels of a row, with those of JOINED slots, for as
+// many rows of output: row i of the tile's rows and border meets slot JOINED + 1 - i and those after it. Slots of zeros
+// stand for vertical taps that there are not.
+template <typename T_, int CHANNELS_, bool SHORTCUT_, bool PLANES, bool WIDE>
 struct Form {
-  static constexpr int CHANNELS = CHANNELS_;
+  using T = T_;
+  using Wide = typename Wider<T>::Type;
+  using Out = std::conditional_t<WIDE && !SHORTCUT_, Wide, T>;
+  using ShortcutOut = std::conditional_t<WIDE, Wide, T>;
+  static constexpr int CHANNELS = CHANNELS_, SIZE = sizeof(T);
   static constexpr bool SHORTCUT = SHORTCUT_;
   static constexpr Cut CUT = cut_of(CHANNELS, SHORTCUT);
   static constexpr int ROWS = CUT.rows(), JOINED = CUT.joined(), DEPTH = CUT.depth;
-  static constexpr int HEIGHT = CUT.height + 2, STEPS = DEPTH / 16, SPAN = PLANES ? 16 : 2 * DEPTH;
-  static constexpr int PLANE_BYTES = HEIGHT * PITCH * SPAN, PIXEL_BYTES = HEIGHT * PITCH * DEPTH * 2;
-  static constexpr int SLOTS_BYTES = CUT.slots * CHANNELS * 16;  // of 8 channels
+  static constexpr int HEIGHT = CUT.height + 2, STEPS = DEPTH * SIZE / 32, SPAN = PLANES ? 16 : DEPTH * SIZE;
+  static constexpr int PLANE_BYTES = HEIGHT * PITCH * SPAN, PIXEL_BYTES = HEIGHT * PITCH * DEPTH * SIZE;
+  static constexpr int SLOTS_BYTES = CUT.slots * CHANNELS * 16;
   static constexpr int WEIGHT_BYTES = 3 * STEPS * 2 * SLOTS_BYTES;
   static constexpr int SHORTCUT_BYTES = SHORTCUT ? STEPS * 2 * CHANNELS * 16 : 0;
   static constexpr int BYTES = PIXEL_BYTES + WEIGHT_BYTES + SHORTCUT_BYTES, STRIDE = (BYTES + 1023) / 1024 * 1024;
   // what gets upsampled, [LOW_HEIGHT][LOW_WIDTH][DEPTH]: every other pixel, from the one before the border's on
   static constexpr int LOW_HEIGHT = HEIGHT / 2 + 1, LOW_WIDTH = WIDTH / 2 + 2, LOWS = SHORTCUT ? 2 : 0;
-  static constexpr int LOW_BYTES = LOW_HEIGHT * LOW_WIDTH * DEPTH * 2, LOW_STRIDE = (LOW_BYTES + 127) / 128 * 128;
+  static constexpr int LOW_BYTES = LOW_HEIGHT * LOW_WIDTH * DEPTH * SIZE, LOW_STRIDE = (LOW_BYTES + 127) / 128 * 128;
   static constexpr int SUM_BYTES = WARPS * CHANNELS * 4, BARRIER_BYTES = 256;
   static constexpr int GATE_BYTES = LOWS ? HEIGHT * (WIDTH + 2) * 4 : 0;  // [HEIGHT][WIDTH + 2], 1 + attention
   static constexpr int REST = LOWS * LOW_STRIDE + SUM_BYTES + GATE_BYTES + BARRIER_BYTES;
@@ -98,8 +104,8 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t address) {
 }
 
 // The descriptor of a matrix whose rows of 16 bytes, or of a span, follow each other in groups of 8, without a swizzle
-// or with one over the span: where it begins, and the steps from 8 channels to the next (with a swizzle not used, and
-// 16 by convention) and from group to group.
+// or with one over the span: where it begins, and the steps from 16 bytes of channels to the next (with a swizzle not
+// used, and 16 by convention) and from group to group.
 template <int SPAN>
 __device__ __forceinline__ uint64_t matrix(uint32_t address, int channels_step, int group_step) {
   constexpr uint64_t SWIZZLE = SPAN == 16 ? 0 : SPAN == 32 ? 3 : 2;
@@ -122,28 +128,28 @@ __device__ __forceinline__ void unrolled(const Apply& apply) {
 }
 
 // All products of a stage.
-template <typename T, typename F>
+template <typename F>
 __device__ __forceinline__ void multiply_stage(uint32_t stage, int group, float* values, float* shortcut) {
   const uint32_t first = stage + group * F::ROWS * PITCH * F::SPAN;
   const uint64_t pixels = matrix<F::SPAN>(first, F::SPAN == 16 ? F::PLANE_BYTES : 16, 8 * F::SPAN);
   const uint64_t weights = matrix<16>(stage + F::PIXEL_BYTES, F::SLOTS_BYTES, 128);
   const uint64_t last = matrix<16>(stage + F::PIXEL_BYTES + F::WEIGHT_BYTES, F::CHANNELS * 16, 128);
-  constexpr int STEP = F::SPAN == 16 ? 2 * F::PLANE_BYTES : 32;  // to the next 16 channels
+  constexpr int STEP = F::SPAN == 16 ? 2 * F::PLANE_BYTES : 32;  // to what the next product multiplies
   unrolled<3 * F::STEPS>([&](auto which) {
     constexpr int TAP = which / F::STEPS, K = which % F::STEPS;
     const uint64_t left = pixels + (TAP * F::SPAN + K * STEP) / 16;
     const uint64_t right = weights + which * 2 * F::SLOTS_BYTES / 16;
     unrolled<F::ROWS / F::JOINED>([&](auto joined) {
       unrolled<F::JOINED + 2>([&](auto i) {
-        multiply<T, F::JOINED * F::CHANNELS>(values + joined * F::JOINED * F::VALUES,
-                                             left + (joined * F::JOINED + i) * PITCH * F::SPAN / 16,
-                                             right + (F::JOINED + 1 - i) * F::CHANNELS);
+        multiply<typename F::T, F::JOINED * F::CHANNELS>(values + joined * F::JOINED * F::VALUES,
+                                                         left + (joined * F::JOINED + i) * PITCH * F::SPAN / 16,
+                                                         right + (F::JOINED + 1 - i) * F::CHANNELS);
       });
     });
     if constexpr (F::SHORTCUT && TAP == 1) {
       unrolled<F::ROWS>([&](auto row) {
-        multiply<T, F::CHANNELS>(shortcut + row * F::VALUES, left + (row + 1) * PITCH * F::SPAN / 16,
-                                 last + K * 2 * F::CHANNELS);
+        multiply<typename F::T, F::CHANNELS>(shortcut + row * F::VALUES, left + (row + 1) * PITCH * F::SPAN / 16,
+                                             last + K * 2 * F::CHANNELS);
       });
     }
   });
@@ -161,11 +167,8 @@ __device__ __forceinline__ void transpose(uint32_t (&words)[4], int q) {
       }
 }
 
-// Where values of a row of output lie: a thread has two neighbouring channels, in 4 pixels of 8 and blocks of 8
-// channels in all. Words are such pairs, four of which a thread exchanges for the 16 bytes of a pixel and block.
-template <typename F>
+// Where values of a row of output lie: a thread has two neighbouring channels of each block of 8, in two pixels of 16.
 struct Lane {
-  static constexpr int BLOCKS = F::CHANNELS / 8;
   int warp, q, pixel;
 
   __device__ __forceinline__ Lane() {
@@ -174,27 +177,49 @@ struct Lane {
     q = lane % 4;
     pixel = 16 * warp + lane / 4;
   }
-
-  // The first value of a word, and the pixel and the first of the channels of the 16 bytes.
-  static __device__ __forceinline__ constexpr int value(int word) { return word % BLOCKS * 4 + word / BLOCKS * 2; }
-  __device__ __forceinline__ int pixel_of(int word) const { return pixel + word / BLOCKS * 8; }
-  __device__ __forceinline__ int channel_of(int word) const { return word % BLOCKS * 8; }
 };
 
-__device__ __forceinline__ uint4* place(const Features& x, int size, int64_t n, int64_t y, int64_t column,
-                                        int channel) {
-  return reinterpret_cast<uint4*>(static_cast<uint8_t*>(x.data) + size * (n * x.n + y * x.h + column * x.w + channel));
-}
+// Words of such values as S: a pair of a block, or two of neighbouring blocks. A thread exchanges four, which are a
+// quad, for 16 bytes of a pixel.
+template <typename S, typename F>
+struct Words {
+  static constexpr int PAIRS = 2 / sizeof(S), BLOCKS = F::CHANNELS / 8 / PAIRS, QUADS = 2 * BLOCKS / 4;
 
-template <typename T>
-__device__ __forceinline__ float half_of(uint32_t word, int which) {
-  return to_float(T{uint16_t(word >> (16 * which))});
+  // The first value of a pair of a word, and the pixel and the first of the channels of the 16 bytes.
+  static __device__ __forceinline__ constexpr int value(int word, int pair) {
+    return (word % BLOCKS * PAIRS + pair) * 4 + word / BLOCKS * 2;
+  }
+  static __device__ __forceinline__ int pixel_of(const Lane& lane, int word) { return lane.pixel + word / BLOCKS * 8; }
+  static __device__ __forceinline__ int channel_of(int word) { return word % BLOCKS * PAIRS * 8; }
+
+  // Makes 16 bytes of four threads' words, and words of them.
+  static __device__ __forceinline__ uint4 join(uint32_t (&words)[4], int q) {
+    transpose(words, q);
+    if constexpr (PAIRS == 1) return make_uint4(words[0], words[1], words[2], words[3]);
+    return make_uint4(low(words[0], words[1]), low(words[2], words[3]), high(words[0], words[1]),
+                      high(words[2], words[3]));
+  }
+  static __device__ __forceinline__ void part(const uint4& bytes, uint32_t (&words)[4], int q) {
+    const uint32_t &a = bytes.x, &b = bytes.y, &c = bytes.z, &d = bytes.w;
+    words[0] = PAIRS == 1 ? a : low(a, c), words[1] = PAIRS == 1 ? b : high(a, c);
+    words[2] = PAIRS == 1 ? c : low(b, d), words[3] = PAIRS == 1 ? d : high(b, d);
+    transpose(words, q);
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t low(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
+  static __device__ __forceinline__ uint32_t high(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+};
+
+template <typename S>
+__device__ __forceinline__ uint8_t* place(const Features& x, int64_t n, int64_t y, int64_t column, int channel) {
+  return static_cast<uint8_t*>(x.data) + sizeof(S) * (n * x.n + y * x.h + column * x.w + channel);
 }
 
 // Sums begin with the bias.
 template <typename F>
 __device__ __forceinline__ void begin(float* values, const float* bias) {
-  const Lane<F> lane;
+  const Lane lane;
   unrolled<F::CHANNELS / 8>([&](auto block) {
     const float2 of_two = *reinterpret_cast<const float2*>(bias + 8 * block + 2 * lane.q);
     unrolled<2 * F::ROWS>([&](auto half) {  // of a row
@@ -205,59 +230,65 @@ __device__ __forceinline__ void begin(float* values, const float* bias) {
 }
 
 // What `out` holds where a thread will store 16 bytes of a row of output; zeros outside.
-template <typename T, typename F>
+template <typename S, typename F>
 __device__ __forceinline__ uint4 held_at(const Features& out, int quad, int64_t n, int y, int x, int h, int w) {
-  const Lane<F> lane;
-  const int mine = 4 * quad + lane.q, column = x + lane.pixel_of(mine);
+  using W = Words<S, F>;
+  const Lane lane;
+  const int mine = 4 * quad + lane.q, column = x + W::pixel_of(lane, mine);
   if (y >= h || column >= w) return make_uint4(0, 0, 0, 0);
-  return *place(out, sizeof(T), n, y, column, lane.channel_of(mine));
+  return *reinterpret_cast<const uint4*>(place<S>(out, n, y, column, W::channel_of(mine)));
 }
 
-// Ends 16 channels of the values of one row of output: adds the residual, stores, and leaves them as floats.
-template <typename T, typename F>
+// Ends a quad of the values of one row of output: adds the residual, stores, and leaves them as floats.
+template <typename S, typename F>
 __device__ __forceinline__ void finish(float* values, int quad, const uint4& residual, bool before, bool after,
                                        const Features& out, bool relu, int64_t n, int y, int x, int h, int w) {
-  const Lane<F> lane;
-  const int mine = 4 * quad + lane.q, column = x + lane.pixel_of(mine);
+  using W = Words<S, F>;
+  const Lane lane;
+  const int mine = 4 * quad + lane.q, column = x + W::pixel_of(lane, mine);
   const float least = relu ? 0.0f : -INFINITY;
-  uint32_t words[4] = {residual.x, residual.y, residual.z, residual.w};
-  if (before || after) transpose(words, lane.q);
+  uint32_t held[4] = {}, words[4] = {};
+  if (before || after) W::part(residual, held, lane.q);
   unrolled<4>([&](auto m) {
-    float* const value = values + lane.value(4 * quad + m);
-    unrolled<2>([&](auto i) {
-      const float held = half_of<T>(words[m], i);
-      if (before) value[i] += held;
-      value[i] = maximum(value[i], least);
-      if (after) value[i] += held;
+    unrolled<W::PAIRS>([&](auto j) {
+      float* const value = values + W::value(4 * quad + m, j);
+      const float2 both = numbers_of<S>(held[m] >> 16 * j);
+      unrolled<2>([&](auto i) {
+        if (before) value[i] += i == 0 ? both.x : both.y;
+        value[i] = maximum(value[i], least);
+        if (after) value[i] += i == 0 ? both.x : both.y;
+      });
+      words[m] |= pair<S>(value[0], value[1]) << 16 * j;
     });
-    words[m] = pair<T>(value[0], value[1]);
   });
-  transpose(words, lane.q);
-  if (y < h && column < w)
-    *place(out, sizeof(T), n, y, column, lane.channel_of(mine)) = make_uint4(words[0], words[1], words[2], words[3]);
+  const uint4 bytes = W::join(words, lane.q);
+  if (y < h && column < w) *reinterpret_cast<uint4*>(place<S>(out, n, y, column, W::channel_of(mine))) = bytes;
 }
 
 // Stores the maxima of 2x2 pixels of two rows of output.
-template <typename T, typename F>
+template <typename F>
 __device__ __forceinline__ void pool(const float* upper, const float* lower, const Features& out, int64_t n, int y,
                                      int x, int h, int w) {
-  const Lane<F> lane;
-  unrolled<F::CHANNELS / 16>([&](auto quad) {
-    uint32_t words[4];
+  using T = typename F::T;
+  using W = Words<T, F>;
+  const Lane lane;
+  unrolled<W::QUADS>([&](auto quad) {
+    uint32_t words[4] = {};
     unrolled<4>([&](auto m) {
-      float most[2];
-      unrolled<2>([&](auto i) {
-        constexpr int VALUE = Lane<F>::value(4 * quad + m) + i;
-        const float left = maximum(upper[VALUE], lower[VALUE]);
-        most[i] = maximum(left, __shfl_xor_sync(ALL, left, 4));  // the next pixel's
+      unrolled<W::PAIRS>([&](auto j) {
+        float most[2];
+        unrolled<2>([&](auto i) {
+          constexpr int VALUE = W::value(4 * quad + m, j) + i;
+          const float left = maximum(upper[VALUE], lower[VALUE]);
+          most[i] = maximum(left, __shfl_xor_sync(ALL, left, 4));  // the next pixel's
+        });
+        words[m] |= pair<T>(most[0], most[1]) << 16 * j;
       });
-      words[m] = pair<T>(most[0], most[1]);
     });
-    transpose(words, lane.q);
-    const int mine = 4 * quad + lane.q, column = x + lane.pixel_of(mine);
+    const uint4 bytes = W::join(words, lane.q);
+    const int mine = 4 * quad + lane.q, column = x + W::pixel_of(lane, mine);
     if (column % 2 == 0 && column < w && y < h)
-      *place(out, sizeof(T), n, y / 2, column / 2, lane.channel_of(mine)) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+      *reinterpret_cast<uint4*>(place<T>(out, n, y / 2, column / 2, W::channel_of(mine))) = bytes;
   });
 }
 
@@ -265,7 +296,7 @@ __device__ __forceinline__ void pool(const float* upper, const float* lower, con
 template <typename F>
 __device__ __forceinline__ void sum(const float* values, float* shared, float* out, int group, int y, int x, int h,
                                     int w) {
-  const Lane<F> lane;
+  const Lane lane;
   unrolled<F::CHANNELS / 8>([&](auto block) {
     float total[2] = {};
     unrolled<F::ROWS>([&](auto row) {
@@ -358,7 +389,7 @@ __device__ __forceinline__ void fetch(const Parameters& p, const Shared<F>& shar
         for (int plane = 0; plane < PLANES && whole; ++plane)
           for (int box = 0; box < F::BOXES; ++box)
             copy_box(to + plane * F::PLANE_BYTES + box * HEIGHT * PITCH * F::SPAN, p.maps + source, barrier,
-                     chunk * F::DEPTH + plane * F::SPAN / 2, tile.x - 1, tile.y - 1 + box * HEIGHT, int(tile.n));
+                     chunk * F::DEPTH + plane * F::SPAN / F::SIZE, tile.x - 1, tile.y - 1 + box * HEIGHT, int(tile.n));
         if (!kept) copy_bytes(to + F::PIXEL_BYTES, weights, F::WEIGHT_BYTES, barrier);
         weights += F::WEIGHT_BYTES;
         if constexpr (F::SHORTCUT) {
@@ -370,26 +401,43 @@ __device__ __forceinline__ void fetch(const Parameters& p, const Shared<F>& shar
   }
 }
 
+// 8 numbers.
 template <typename T>
-__device__ __forceinline__ void unpack(const uint4& vector, float (&to)[8]) {
-  const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-  unrolled<8>([&](auto i) { to[i] = half_of<T>(words[i / 2], i % 2); });
+__device__ __forceinline__ void load(const uint8_t* from, float (&to)[8]) {
+  constexpr int PAIRS = 2 / sizeof(T);  // of a word
+  std::conditional_t<PAIRS == 1, uint4, uint2> vector;
+  vector = *reinterpret_cast<const decltype(vector)*>(from);
+  const auto* const words = reinterpret_cast<const uint32_t*>(&vector);
+  unrolled<4>([&](auto i) {
+    const float2 both = numbers_of<T>(words[i / PAIRS] >> i % PAIRS * 16);
+    to[2 * i] = both.x, to[2 * i + 1] = both.y;
+  });
+}
+
+template <typename T>
+__device__ __forceinline__ void store(uint8_t* to, const float (&from)[8]) {
+  constexpr int PAIRS = 2 / sizeof(T);
+  std::conditional_t<PAIRS == 1, uint4, uint2> vector{};
+  auto* const words = reinterpret_cast<uint32_t*>(&vector);
+  unrolled<4>([&](auto i) { words[i / PAIRS] |= pair<T>(from[2 * i], from[2 * i + 1]) << i % PAIRS * 16; });
+  *reinterpret_cast<decltype(vector)*>(to) = vector;
 }
 
 // Upsamples 8 channels of a column of a tile: walks down two rows at a time, with a row of the input, already widened,
 // in registers. `from` is the column's first pixel in the low tile, `gates` in that of the gates, `column` and `y` its
 // place in the image.
-template <typename T, typename F>
+template <typename F>
 __device__ __forceinline__ void upsample_column(const uint8_t* from, const float* gates, uint8_t* stage, uint32_t at,
                                                 int column, int y, int h, int w, float inverse_h, float inverse_w) {
+  using T = typename F::T;
   const int l = (column + 1) / 2 - 1;  // the input before; of the low tile the first pixel
   const float across[2] = {column % 2 ? odd_first(l, w / 2, inverse_w) : even_first(l, w / 2, inverse_w),
                            column % 2 ? odd_second(l, w / 2, inverse_w) : even_second(l, w / 2, inverse_w)};
   const auto row_at = [&](int row, float (&to)[8]) {
     float first[8], second[8];
-    const auto* pixels = reinterpret_cast<const uint4*>(from + row * F::LOW_WIDTH * F::DEPTH * 2);
-    unpack<T>(pixels[0], first);
-    unpack<T>(pixels[F::DEPTH / 8], second);
+    constexpr int PIXEL = F::DEPTH * F::SIZE;
+    load<T>(from + row * F::LOW_WIDTH * PIXEL, first);
+    load<T>(from + row * F::LOW_WIDTH * PIXEL + PIXEL, second);
     unrolled<8>([&](auto i) { to[i] = across[0] * first[i] + across[1] * second[i]; });
   };
   float above[8], below[8];
@@ -404,21 +452,16 @@ __device__ __forceinline__ void upsample_column(const uint8_t* from, const float
       const int row = 2 * pair_ + which;
       const bool inside = y + row >= 0 && y + row < h && column >= 0 && column < w;
       const float gate = gates[row * (WIDTH + 2)], first = gate * weights[which][0], second = gate * weights[which][1];
-      uint32_t words[4];
-      unrolled<4>([&](auto m) {
-        float value[2];
-        unrolled<2>([&](auto i) { value[i] = first * above[2 * m + i] + second * below[2 * m + i]; });
-        words[m] = inside ? pair<T>(value[0], value[1]) : 0;
-      });
-      *reinterpret_cast<uint4*>(stage + swizzled<F::SPAN>(at + row * PITCH * F::SPAN)) =
-          make_uint4(words[0], words[1], words[2], words[3]);
+      float values[8];
+      unrolled<8>([&](auto i) { values[i] = inside ? first * above[i] + second * below[i] : 0.0f; });
+      store<T>(stage + swizzled<F::SPAN>(at + row * PITCH * F::SPAN), values);
     });
     unrolled<8>([&](auto i) { above[i] = below[i]; });
   }
 }
 
 // What the warps that upsample do: fill the pixels of the stages for which somebody must.
-template <typename T, typename F>
+template <typename F>
 __device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& shared, int thread) {
   Ring<F::STAGES> stage(1);
   Ring<F::LOWS> low(0);
@@ -432,7 +475,7 @@ __device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& s
       for (int item = thread; item < F::HEIGHT * (WIDTH + 2); item += 32 * UPSAMPLERS) {
         const int y = tile.y - 1 + item / (WIDTH + 2), x = tile.x - 1 + item % (WIDTH + 2);
         const bool inside = p.attention && y >= 0 && y < p.h && x >= 0 && x < p.w;
-        const T* const map = static_cast<const T*>(p.attention) + tile.n * p.h * p.w;
+        const auto* const map = static_cast<const typename F::Wide*>(p.attention) + tile.n * p.h * p.w;
         shared.gates[item] = inside ? 1.0f + to_float(map[int64_t(y) * p.w + x]) : 1.0f;
       }
       __syncwarp();
@@ -446,9 +489,10 @@ __device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& s
         uint8_t* const to = shared.stages + stage.index * F::STRIDE;
         for (int item = thread; item < (WIDTH + 2) * VECTORS; item += 32 * UPSAMPLERS) {
           const int pixel = item / VECTORS, vector = item % VECTORS;
-          const uint32_t at = F::SPAN == 16 ? vector * F::PLANE_BYTES + pixel * 16 : pixel * F::SPAN + vector * 16;
-          upsample_column<T, F>(from + (pixel / 2 * VECTORS + vector) * 16, shared.gates + pixel, to, at,
-                                tile.x - 1 + pixel, tile.y - 1, p.h, p.w, inverse_h, inverse_w);
+          constexpr int BYTES = 8 * F::SIZE;
+          const uint32_t at = pixel * F::SPAN + vector * (F::SPAN == 16 ? F::PLANE_BYTES : BYTES);
+          upsample_column<F>(from + (pixel / 2 * VECTORS + vector) * BYTES, shared.gates + pixel, to, at,
+                             tile.x - 1 + pixel, tile.y - 1, p.h, p.w, inverse_h, inverse_w);
         }
         fence_async();
         __syncwarp();
@@ -460,7 +504,7 @@ __device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& s
   }
 }
 
-template <typename T, typename F>
+template <typename F>
 __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_constant__ Parameters p) {
   SCOAT_DYNAMIC_SHARED(memory);
   const Shared<F> shared(memory);
@@ -477,13 +521,14 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
     give_registers<LEFT_REGISTERS>();
     if (threadIdx.x == 32 * WARPS) fetch<F>(p, shared);
     if constexpr (F::SHORTCUT)
-      if (upsamples && warp > WARPS) upsample<T, F>(p, shared, int(threadIdx.x) - 32 * (WARPS + 1));
+      if (upsamples && warp > WARPS) upsample<F>(p, shared, int(threadIdx.x) - 32 * (WARPS + 1));
     return;
   }
   take_registers<REGISTERS>();
   if (group == 1) synchronise(LATER, 32 * WARPS);  // so that one multiplies while the other stores
   Ring<F::STAGES> stage(0);
-  constexpr int QUADS = F::CHANNELS / 16, AHEAD = 8 / QUADS;  // rows of residual that are on their way
+  using Out = typename F::Out;
+  constexpr int QUADS = Words<Out, F>::QUADS, AHEAD = 8 / QUADS;  // rows of residual that are on their way
   const bool residual = p.residual_before || p.residual_after;
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     const Tile tile(p, number, F::CUT.height);
@@ -495,13 +540,13 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
     if constexpr (!F::SHORTCUT)
       if (residual)
         unrolled<AHEAD * QUADS>(
-            [&](auto i) { held[i] = held_at<T, F>(p.out, i % QUADS, tile.n, y + i / QUADS, tile.x, p.h, p.w); });
+            [&](auto i) { held[i] = held_at<Out, F>(p.out, i % QUADS, tile.n, y + i / QUADS, tile.x, p.h, p.w); });
 
     int before = -1;  // the stage whose products may still run
     for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1] + p.chunks[SOURCES]; ++chunk, stage.next()) {
       wait(shared.full + stage.index, stage.parity);
       products_begin();
-      multiply_stage<T, F>(shared_address(shared.stages + stage.index * F::STRIDE), group, values, shortcut);
+      multiply_stage<F>(shared_address(shared.stages + stage.index * F::STRIDE), group, values, shortcut);
       products_commit();
       if (group == 0 && chunk == 0 && number == blockIdx.x) announce(LATER, 32 * WARPS);
       products_wait<1>();
@@ -510,23 +555,29 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
     }
     products_wait<0>();
     if (threadIdx.x % 32 == 0) arrive(shared.empty + before);
+    if constexpr (std::is_same_v<typename F::T, E4M3>) {
+      for (float& value : values) value *= p.weights.unit;
+      for (float& value : shortcut) value *= p.shortcut.unit;
+    }
 
     unrolled<F::ROWS>([&](auto row) {
       unrolled<QUADS>([&](auto quad) {
         constexpr int SLOT = F::SHORTCUT ? 0 : row % AHEAD * QUADS + quad;
         const uint4 words = held[SLOT];
         if constexpr (!F::SHORTCUT && row + AHEAD < F::ROWS)
-          if (residual) held[SLOT] = held_at<T, F>(p.out, quad, tile.n, y + row + AHEAD, tile.x, p.h, p.w);
-        finish<T, F>(values + row * F::VALUES, quad, words, p.residual_before, p.residual_after, p.out, p.relu, tile.n,
-                     y + row, tile.x, p.h, p.w);
-        if constexpr (F::SHORTCUT)
-          finish<T, F>(shortcut + row * F::VALUES, quad, words, false, false, p.shortcut_out, p.shortcut_relu, tile.n,
-                       y + row, tile.x, p.h, p.w);
+          if (residual) held[SLOT] = held_at<Out, F>(p.out, quad, tile.n, y + row + AHEAD, tile.x, p.h, p.w);
+        finish<Out, F>(values + row * F::VALUES, quad, words, p.residual_before, p.residual_after, p.out, p.relu,
+                       tile.n, y + row, tile.x, p.h, p.w);
       });
+      if constexpr (F::SHORTCUT)
+        unrolled<Words<typename F::ShortcutOut, F>::QUADS>([&](auto quad) {
+          finish<typename F::ShortcutOut, F>(shortcut + row * F::VALUES, quad, held[0], false, false, p.shortcut_out,
+                                             p.shortcut_relu, tile.n, y + row, tile.x, p.h, p.w);
+        });
       if constexpr (row % 2 == 1)
         if (p.pooled.data)
-          pool<T, F>(values + (row - 1) * F::VALUES, values + row * F::VALUES, p.pooled, tile.n, y + row - 1, tile.x,
-                     p.h, p.w);
+          pool<F>(values + (row - 1) * F::VALUES, values + row * F::VALUES, p.pooled, tile.n, y + row - 1, tile.x, p.h,
+                  p.w);
     });
     if (p.sums) {
       const int64_t part = (tile.n * p.across * p.down + tile.number) * GROUPS + group;
@@ -540,18 +591,21 @@ __global__ void __launch_bounds__(SCALING_THREADS) scale_vectors(const __grid_co
   const int64_t index = int64_t(blockIdx.x) * SCALING_THREADS + threadIdx.x;
   if (index >= s.n * s.vectors) return;
   const int64_t n = index / s.vectors, vector = index % s.vectors, row = vector / s.inner;
-  const int64_t eighth = row / (s.taps * s.eighths) * s.eighths + row % s.eighths;
-  const auto* weights = reinterpret_cast<const float4*>(s.weights + vector * 8);
-  const auto* scales = reinterpret_cast<const float4*>(s.scale + n * s.scale_step + eighth * 8);
-  const float4 a = weights[0], b = weights[1], c = scales[0], d = scales[1];
-  *reinterpret_cast<uint4*>(static_cast<T*>(s.out) + n * s.out_step + vector * 8) =
-      make_uint4(pair<T>(a.x * c.x, a.y * c.y), pair<T>(a.z * c.z, a.w * c.w), pair<T>(b.x * d.x, b.y * d.y),
-                 pair<T>(b.z * d.z, b.w * d.w));
+  const int64_t piece = row / (s.taps * s.pieces) * s.pieces + row % s.pieces;
+  constexpr int COUNT = 16 / sizeof(T);
+  const auto* weights = reinterpret_cast<const float4*>(s.weights + vector * COUNT);
+  const auto* scales = reinterpret_cast<const float4*>(s.scale + n * s.scale_step + piece * COUNT);
+  auto* const out = static_cast<T*>(s.out) + n * s.out_step + vector * COUNT;
+  unrolled<COUNT / 8>([&](auto i) {
+    const float4 a = weights[2 * i], b = weights[2 * i + 1], c = scales[2 * i], d = scales[2 * i + 1];
+    const float products[8] = {a.x * c.x, a.y * c.y, a.z * c.z, a.w * c.w, b.x * d.x, b.y * d.y, b.z * d.z, b.w * d.w};
+    store<T>(reinterpret_cast<uint8_t*>(out + 8 * i), products);
+  });
 }
 
 // What upsampling gives pixel (y, x) of h x w to, all together: one of the gates' own size for each of its targets.
-template <typename T>
-__device__ __forceinline__ float gates_of(const T* map, int y, int x, int h, int w) {
+template <typename S>
+__device__ __forceinline__ float gates_of(const S* map, int y, int x, int h, int w) {
   const Targets rows = targets_of(y, h, inverse_of(h)), columns = targets_of(x, w, inverse_of(w));
   float total = 0.0f;
   unrolled<4>([&](auto i) {
@@ -575,7 +629,7 @@ __global__ void __launch_bounds__(SUMMED) sum_gated(const __grid_constant__ Gate
   const int64_t first = blockIdx.x % parts * SUMMED;
   const int count = int(first + SUMMED < pixels ? SUMMED : pixels - first), thread = int(threadIdx.x);
   if (thread < count) {
-    const T* const map = static_cast<const T*>(g.attention) + n * 4 * pixels;
+    const auto* const map = static_cast<const typename Wider<T>::Type*>(g.attention) + n * 4 * pixels;
     gates[thread] = gates_of(map, int((first + thread) / g.w), int((first + thread) % g.w), int(g.h), int(g.w));
   }
   __syncthreads();
@@ -583,7 +637,7 @@ __global__ void __launch_bounds__(SUMMED) sum_gated(const __grid_constant__ Gate
   float total[8] = {}, value[8];
   for (int pixel = start; pixel < count && start < each; pixel += each) {
     const int64_t place_ = first + pixel;
-    unpack<T>(*place(g.below, sizeof(T), n, place_ / g.w, place_ % g.w, 8 * vector), value);
+    load<T>(place<T>(g.below, n, place_ / g.w, place_ % g.w, 8 * vector), value);
     unrolled<8>([&](auto i) { total[i] += gates[pixel] * value[i]; });
   }
   if (start < each) unrolled<8>([&](auto i) { totals[start * channels + 8 * vector + i] = total[i]; });
@@ -595,20 +649,19 @@ __global__ void __launch_bounds__(SUMMED) sum_gated(const __grid_constant__ Gate
   }
 }
 
-template <typename T, int CHANNELS, bool SHORTCUT, bool PLANES>
+template <typename F>
 int launch_form(const Convolution& c, void* stream) {
-  using F = Form<CHANNELS, SHORTCUT, PLANES>;
   Parameters p{};
   const auto take = [&](int i, const Features& x, int64_t h, int64_t w, const int (&box)[3], int span) {
     p.chunks[i] = x.data ? int(x.channels / F::DEPTH) : 0;
-    return x.data ? encode<T>(&p.maps[i], x.data, {x.n, x.h, x.w}, c.n, h, w, x.channels, box, span) : 0;
+    return x.data ? encode<typename F::T>(&p.maps[i], x.data, {x.n, x.h, x.w}, c.n, h, w, x.channels, box, span) : 0;
   };
   for (int i = 0; i < SOURCES; ++i)
-    if (const int error = take(i, c.sources[i], c.h, c.w, {F::SPAN / 2, PITCH, F::HEIGHT / F::BOXES}, F::SPAN))
+    if (const int error = take(i, c.sources[i], c.h, c.w, {F::SPAN / F::SIZE, PITCH, F::HEIGHT / F::BOXES}, F::SPAN))
       return error;
   // for which there is no code
-  if ((c.below.data && !SHORTCUT) || (c.pooled.data && F::ROWS % 2) ||
-      ((c.residual_before || c.residual_after) && SHORTCUT))
+  if ((c.below.data && !F::SHORTCUT) || (c.pooled.data && F::ROWS % 2) ||
+      ((c.residual_before || c.residual_after) && F::SHORTCUT))
     return cudaErrorInvalidValue;
   if (const int error = take(SOURCES, c.below, c.h / 2, c.w / 2, {F::DEPTH, F::LOW_WIDTH, F::LOW_HEIGHT}, 16))
     return error;
@@ -620,16 +673,26 @@ int launch_form(const Convolution& c, void* stream) {
   p.sums = c.sums, p.sum_channels = c.sum_channels;
   p.relu = c.relu, p.residual_before = c.residual_before, p.residual_after = c.residual_after;
   p.shortcut_relu = c.shortcut_relu;
-  return launch(convolve_tiles<T, F>, std::min(p.tiles, processors()), THREADS, F::SHARED, stream, p);
+  return launch(convolve_tiles<F>, std::min(p.tiles, processors()), THREADS, F::SHARED, stream, p);
+}
+
+template <typename T, int CHANNELS, bool SHORTCUT>
+int launch_shortcut(const Convolution& c, void* stream) {
+  if constexpr (std::is_same_v<T, BFloat>)
+    if (c.planes && !c.wide) return launch_form<Form<T, CHANNELS, SHORTCUT, true, false>>(c, stream);
+  if constexpr (std::is_same_v<T, E4M3>)
+    if (c.wide && !c.planes) return launch_form<Form<T, CHANNELS, SHORTCUT, false, true>>(c, stream);
+  if (c.planes || c.wide) return cudaErrorInvalidValue;
+  return launch_form<Form<T, CHANNELS, SHORTCUT, false, false>>(c, stream);
 }
 
 template <typename T, int CHANNELS>
 int launch_channels(const Convolution& c, void* stream) {
-  if (c.shortcut.weights)
-    return c.planes ? launch_form<T, CHANNELS, true, true>(c, stream)
-                    : launch_form<T, CHANNELS, true, false>(c, stream);
-  return c.planes ? launch_form<T, CHANNELS, false, true>(c, stream)
-                  : launch_form<T, CHANNELS, false, false>(c, stream);
+  if constexpr (!has_kernel(CHANNELS, sizeof(T)))
+    return cudaErrorInvalidValue;
+  else
+    return c.shortcut.weights ? launch_shortcut<T, CHANNELS, true>(c, stream)
+                              : launch_shortcut<T, CHANNELS, false>(c, stream);
 }
 
 }  // namespace
@@ -667,7 +730,8 @@ int gate_sums<SCOAT_TYPE>(const GateSums& g, void* stream) {
 template <>
 const char* why_not<SCOAT_TYPE>() {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, convolve_tiles<SCOAT_TYPE, Form<32, false, false>>);
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, convolve_tiles<Form<SCOAT_TYPE, 32, false, false, false>>);
   if (error == cudaSuccess) return "";
   cudaGetLastError();  // of ours; the next call must not see it
   static thread_local std::string reason;

@@ -1,10 +1,26 @@
-// The 3x3 convolutions of the inference engine on Hopper's tensor cores, in bfloat16 and float16: see hopper.cu.
+// The 3x3 convolutions of the inference engine on Hopper's tensor cores, in bfloat16, float16 and float8: see
+// hopper.cu.
 #pragma once
 
 #include "numbers.h"
 
 namespace scoat {
 namespace hopper {
+
+// torch.float8_e4m3fn: no infinities, and 448 is the largest.
+struct E4M3 {
+  uint8_t bits;
+};
+
+// What maps and the last features are in, where features are T.
+template <typename T>
+struct Wider {
+  using Type = T;
+};
+template <>
+struct Wider<E4M3> {
+  using Type = BFloat;
+};
 
 // Channels of features [N, H, W, C] in memory: their address, and the steps from slice to slice, row to row and pixel
 // to pixel in elements. Absent where data is null.
@@ -14,11 +30,12 @@ struct Features {
 };
 
 // A matrix of weights as `Form` lays it out, for each slice `step` bytes after the one before (0: the same for all),
-// and the bias of its output channels. Absent where weights are null.
+// and the bias of its output channels; both divided by a unit, which is 1 but for E4M3. Absent where weights are null.
 struct Weights {
   const void* weights;
   int64_t step;
   const float* bias;
+  float unit;
 };
 
 constexpr int SOURCES = 2;
@@ -27,10 +44,11 @@ constexpr int SOURCES = 2;
 // has half the height and width and becomes (1 + attention) * up(below), bilinear with aligned corners, on its way into
 // the tile; only with a shortcut.
 struct Convolution {
-  bool planes;  // how pixels lie in shared memory: see `Form`
+  bool planes;  // how pixels lie in shared memory, of BFloat alone: see `Form`
+  bool wide;    // of E4M3 alone: the last result, of the shortcut where there is one, is BFloat
   int64_t n, h, w;
   Features sources[SOURCES], below;
-  const void* attention;  // [N, H, W], or null: zeros
+  const void* attention;  // [N, H, W] of Wider, or null: zeros
   Weights weights;
   Features out;
   bool relu, residual_before, residual_after;  // residual: what out holds is added, before or after the ReLU
@@ -59,8 +77,9 @@ struct Cut {
   constexpr int joined() const { return zeros + 1; }
 };
 
-constexpr bool has_kernel(int64_t channels) {
-  return channels == 16 || channels == 32 || channels == 64 || channels == 128;
+// For numbers of `size` bytes: a product takes 32 bytes of channels.
+constexpr bool has_kernel(int64_t channels, int size) {
+  return (channels == 16 && size == 2) || channels == 32 || channels == 64 || channels == 128;
 }
 
 constexpr Cut cut_of(int channels, bool shortcut) {
@@ -68,12 +87,12 @@ constexpr Cut cut_of(int channels, bool shortcut) {
   return {GROUPS * (most < 8 ? most : 8), WIDTH, channels == 16 ? 16 : 32, 3 + 2 * zeros, zeros};
 }
 
-// out = weights * scale for each of n slices: `vectors` of 8 numbers, which lie as `Form` lays them out, of as many
-// rows side by side as `inner` says and `taps` for each chunk of 8 * `eighths` channels.
+// out = weights * scale for each of n slices: `vectors` of as many numbers as fill 16 bytes, which lie as `Form` lays
+// them out, `inner` side by side and `taps` of those for each chunk of channels, which has `pieces` of 16 bytes.
 struct Scaling {
   int64_t n;
   const float* weights;
-  int64_t vectors, inner, taps, eighths;
+  int64_t vectors, inner, taps, pieces;
   const float* scale;
   int64_t scale_step;  // from slice to slice
   void* out;
@@ -87,12 +106,12 @@ constexpr int SUMMED = 256;  // pixels of a part
 struct GateSums {
   int64_t n, h, w;  // of below
   Features below;
-  const void* attention;  // [N, 2 H, 2 W]
+  const void* attention;  // [N, 2 H, 2 W] of Wider
   float* sums;
   int64_t sum_channels;
 };
 
-// Each returns a cudaError_t, 0 where the launch went well. T is Half or BFloat: hopper.cu is compiled once for each.
+// Each returns a cudaError_t, 0 where the launch went well. T is Half, BFloat or E4M3: hopper.cu is compiled for each.
 template <typename T>
 int convolve(const Convolution&, void* stream);
 template <typename T>

@@ -6,6 +6,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "hopper.h"
 
@@ -16,8 +17,8 @@ namespace hopper {
 namespace {
 
 using Tensor = std::optional<std::array<int64_t, 5>>;  // address, steps from slice, row and pixel to the next, channels
-using Matrix = std::array<uintptr_t, 3>;               // weights, their step from slice to slice in bytes, and bias
-using Size = std::array<int64_t, 3>;                   // slices, height and width
+using Matrix = std::tuple<uintptr_t, int64_t, uintptr_t, float>;  // as `Weights`
+using Size = std::array<int64_t, 3>;                              // slices, height and width
 
 template <typename T>
 T* pointer(uintptr_t address) {
@@ -30,7 +31,10 @@ Features features(const Tensor& tensor) {
   return {reinterpret_cast<void*>(t[0]), t[1], t[2], t[3], t[4]};
 }
 
-Weights weights_of(const Matrix& m) { return {pointer<const void>(m[0]), int64_t(m[1]), pointer<const float>(m[2])}; }
+Weights weights_of(const Matrix& m) {
+  const auto& [weights, step, bias, unit] = m;
+  return {pointer<const void>(weights), step, pointer<const float>(bias), unit};
+}
 
 void check(const char* name, int error) {
   if (error) throw std::runtime_error(std::string(name) + ": CUDA error " + std::to_string(error));
@@ -40,11 +44,12 @@ template <typename T>
 void define_for(py::module_& module) {
   module.def(
       "convolve",
-      [](bool planes, const Size& size, const Tensor& first, const Tensor& second, const Tensor& below,
+      [](bool planes, bool wide, const Size& size, const Tensor& first, const Tensor& second, const Tensor& below,
          uintptr_t attention, const Matrix& weights, const Tensor& out, bool relu, bool residual_before,
          bool residual_after, const Tensor& pooled, uintptr_t sums, int64_t sum_channels, const Matrix& shortcut,
          const Tensor& shortcut_out, bool shortcut_relu, uintptr_t stream) {
         const Convolution convolution{planes,
+                                      wide,
                                       size[0],
                                       size[1],
                                       size[2],
@@ -64,20 +69,21 @@ void define_for(py::module_& module) {
                                       shortcut_relu};
         check("convolve", convolve<T>(convolution, pointer<void>(stream)));
       },
-      py::kw_only(), py::arg("planes"), py::arg("size"), py::arg("first"), py::arg("second"), py::arg("below"),
-      py::arg("attention"), py::arg("weights"), py::arg("out"), py::arg("relu"), py::arg("residual_before"),
-      py::arg("residual_after"), py::arg("pooled"), py::arg("sums"), py::arg("sum_channels"), py::arg("shortcut"),
-      py::arg("shortcut_out"), py::arg("shortcut_relu"), py::arg("stream"));
+      py::kw_only(), py::arg("planes"), py::arg("wide"), py::arg("size"), py::arg("first"), py::arg("second"),
+      py::arg("below"), py::arg("attention"), py::arg("weights"), py::arg("out"), py::arg("relu"),
+      py::arg("residual_before"), py::arg("residual_after"), py::arg("pooled"), py::arg("sums"),
+      py::arg("sum_channels"), py::arg("shortcut"), py::arg("shortcut_out"), py::arg("shortcut_relu"),
+      py::arg("stream"));
   module.def(
       "scale",
-      [](int64_t n, uintptr_t weights, int64_t vectors, int64_t inner, int64_t taps, int64_t eighths, uintptr_t factors,
+      [](int64_t n, uintptr_t weights, int64_t vectors, int64_t inner, int64_t taps, int64_t pieces, uintptr_t factors,
          int64_t factors_step, uintptr_t out, int64_t out_step, uintptr_t stream) {
         const Scaling scaling{n,
                               pointer<const float>(weights),
                               vectors,
                               inner,
                               taps,
-                              eighths,
+                              pieces,
                               pointer<const float>(factors),
                               factors_step,
                               pointer<void>(out),
@@ -85,7 +91,7 @@ void define_for(py::module_& module) {
         check("scale", scale<T>(scaling, pointer<void>(stream)));
       },
       py::kw_only(), py::arg("n"), py::arg("weights"), py::arg("vectors"), py::arg("inner"), py::arg("taps"),
-      py::arg("eighths"), py::arg("factors"), py::arg("factors_step"), py::arg("out"), py::arg("out_step"),
+      py::arg("pieces"), py::arg("factors"), py::arg("factors_step"), py::arg("out"), py::arg("out_step"),
       py::arg("stream"));
   module.def(
       "gate_sums",
@@ -114,8 +120,10 @@ void define(py::module_& module) {
   all.attr("SUMMED") = SUMMED;
   all.attr("GROUPS") = GROUPS;
   auto half = all.def_submodule("float16"), bfloat = all.def_submodule("bfloat16");
+  auto eight = all.def_submodule("float8_e4m3fn");
   define_for<Half>(half);
   define_for<BFloat>(bfloat);
+  define_for<E4M3>(eight);
 }
 
 }  // namespace hopper

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "numbers.h"
+#include "hopper.h"
 
 #define SCOAT_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 
@@ -99,7 +99,7 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// Two numbers side by side, the first in the lower bits.
+// Two numbers side by side, the first in the lower bits; of E4M3 in 16 bits, and 448 for what is larger.
 template <typename T>
 __device__ __forceinline__ uint32_t pair(float first, float second);
 
@@ -117,6 +117,26 @@ __device__ __forceinline__ uint32_t pair<Half>(float first, float second) {
   return result;
 }
 
+template <>
+__device__ __forceinline__ uint32_t pair<E4M3>(float first, float second) {
+  uint16_t result;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(result) : "f"(second), "f"(first));
+  return result;
+}
+
+// The numbers of a pair.
+template <typename T>
+__device__ __forceinline__ float2 numbers_of(uint32_t pair) {
+  return {to_float(T{uint16_t(pair)}), to_float(T{uint16_t(pair >> 16)})};
+}
+
+template <>
+__device__ __forceinline__ float2 numbers_of<E4M3>(uint32_t pair) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(pair)));
+  return numbers_of<Half>(halves);
+}
+
 // The larger; NaN where one is NaN.
 __device__ __forceinline__ float maximum(float a, float b) {
   float result;
@@ -124,7 +144,8 @@ __device__ __forceinline__ float maximum(float a, float b) {
   return result;
 }
 
-// d [64, N] += a [64, 16] b [N, 16]^T by a warpgroup, asynchronously; d as PTX's manual spreads it over the threads.
+// d [64, N] += a [64, K] b [N, K]^T by a warpgroup, asynchronously, K being 32 bytes; d as PTX's manual spreads it over
+// the threads.
 template <typename T, int N>
 __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b);
 
@@ -138,22 +159,23 @@ __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b);
   SCOAT_R32                                                                                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SCOAT_MULTIPLY(T, type, n, registers, a_at, b_at, ...)                                                         \
-  template <>                                                                                                          \
-  __device__ __forceinline__ void multiply<T, n>(float* d, uint64_t a, uint64_t b) {                                   \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, %" a_at ", %" b_at \
-                 ", 1, 1, 1, 0, 0;"                                                                                    \
-                 : __VA_ARGS__                                                                                         \
-                 : "l"(a), "l"(b));                                                                                    \
+#define SCOAT_MULTIPLY(T, k, type, rest, n, registers, a_at, b_at, ...)                                               \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void multiply<T, n>(float* d, uint64_t a, uint64_t b) {                                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n k ".f32." type "." type " {" registers "}, %" a_at ", %" b_at \
+                 ", 1, 1, 1" rest ";"                                                                                 \
+                 : __VA_ARGS__                                                                                        \
+                 : "l"(a), "l"(b));                                                                                   \
   }
-#define SCOAT_MULTIPLIES(T, type)                                                                           \
-  SCOAT_MULTIPLY(T, type, 16, SCOAT_R8, "8", "9", SCOAT_F8(0))                                              \
-  SCOAT_MULTIPLY(T, type, 32, SCOAT_R16, "16", "17", SCOAT_F8(0), SCOAT_F8(8))                              \
-  SCOAT_MULTIPLY(T, type, 64, SCOAT_R32, "32", "33", SCOAT_F8(0), SCOAT_F8(8), SCOAT_F8(16), SCOAT_F8(24))  \
-  SCOAT_MULTIPLY(T, type, 128, SCOAT_R64, "64", "65", SCOAT_F8(0), SCOAT_F8(8), SCOAT_F8(16), SCOAT_F8(24), \
+#define SCOAT_MULTIPLIES(T, ...)                                                                                   \
+  SCOAT_MULTIPLY(T, __VA_ARGS__, 16, SCOAT_R8, "8", "9", SCOAT_F8(0))                                              \
+  SCOAT_MULTIPLY(T, __VA_ARGS__, 32, SCOAT_R16, "16", "17", SCOAT_F8(0), SCOAT_F8(8))                              \
+  SCOAT_MULTIPLY(T, __VA_ARGS__, 64, SCOAT_R32, "32", "33", SCOAT_F8(0), SCOAT_F8(8), SCOAT_F8(16), SCOAT_F8(24))  \
+  SCOAT_MULTIPLY(T, __VA_ARGS__, 128, SCOAT_R64, "64", "65", SCOAT_F8(0), SCOAT_F8(8), SCOAT_F8(16), SCOAT_F8(24), \
                  SCOAT_F8(32), SCOAT_F8(40), SCOAT_F8(48), SCOAT_F8(56))
-SCOAT_MULTIPLIES(BFloat, "bf16")
-SCOAT_MULTIPLIES(Half, "f16")
+SCOAT_MULTIPLIES(BFloat, "k16", "bf16", ", 0, 0")  // neither matrix lies across
+SCOAT_MULTIPLIES(Half, "k16", "f16", ", 0, 0")
+SCOAT_MULTIPLIES(E4M3, "k32", "e4m3", "")
 #undef SCOAT_MULTIPLIES
 #undef SCOAT_MULTIPLY
 #undef SCOAT_R64
@@ -180,12 +202,16 @@ int encode(CUtensorMap* map, const void* data, const int64_t (&steps)[3], int64_
   if (error != cudaSuccess) return error;
   if (result != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
   const cuuint64_t sizes[] = {cuuint64_t(channels), cuuint64_t(w), cuuint64_t(h), cuuint64_t(n)};
-  const cuuint64_t bytes[] = {cuuint64_t(2 * steps[2]), cuuint64_t(2 * steps[1]), cuuint64_t(2 * steps[0])};
+  constexpr int64_t SIZE = sizeof(T);
+  const cuuint64_t bytes[] = {cuuint64_t(SIZE * steps[2]), cuuint64_t(SIZE * steps[1]), cuuint64_t(SIZE * steps[0])};
   const cuuint32_t extents[] = {cuuint32_t(box[0]), cuuint32_t(box[1]), cuuint32_t(box[2]), 1};
   const cuuint32_t ones[] = {1, 1, 1, 1};
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
-      map, std::is_same_v<T, Half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-      const_cast<void*>(data), sizes, bytes, extents, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      map,
+      SIZE == 1                 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+      : std::is_same_v<T, Half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      4, const_cast<void*>(data), sizes, bytes, extents, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
       span == 16   ? CU_TENSOR_MAP_SWIZZLE_NONE
       : span == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
                    : CU_TENSOR_MAP_SWIZZLE_64B,

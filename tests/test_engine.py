@@ -78,7 +78,7 @@ def test_every_buffer_is_written_before_it_is_read():
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 64, 48)])
 def test_buffers_that_live_together_do_not_overlap(shape):
     whole = plan.build(SCOATNet(width=8), attention=True)
-    extents = SimpleNamespace(parts=lambda step, height, *rest: height, rows=lambda step: 10 * step.out.channels)
+    extents = SimpleNamespace(parts=lambda step, height, *rest: height, rows=lambda step, _: 10 * step.out.channels)
     layout = lay_out(whole, extents, *shape, torch.device("cpu"), torch.bfloat16)
     memory = torch.zeros(layout.bytes, dtype=torch.uint8)
     tensors = {name: x for name, x in layout.tensors(memory).items() if whole.buffers[name].within is None}
@@ -379,12 +379,14 @@ def test_nan_gives_no_clean_mask(backend):
     assert engine.mask(x)[engine(x).isnan()].all()
 
 
+@pytest.mark.parametrize("upsamples", [False, True], ids=["gates apart", "gates in convolutions"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_scales_in_the_weights_change_nothing(form, monkeypatch):
+def test_scales_in_the_weights_change_nothing(form, upsamples, monkeypatch):
     """Powers of two: the network of the rescaled weights gives the same bits."""
     net = trained(**form)
     x = torch.rand(2, net.in_channels, 32, 48)
-    whole, weights = plan.build(net), pack.pack(net)
+    monkeypatch.setattr(reference, "upsamples", lambda step, dtype: upsamples)
+    whole, weights = plan.build(net, upsamples=lambda step: upsamples), pack.pack(net)
     scales = calibrate.calibrate(whole, weights, x)
     assert {len(scale.unique()) for scale in scales.values()} != {1}
     plain = scoat_fast.compile(net, backend="reference", size=(32, 48))
@@ -397,15 +399,24 @@ def test_scales_in_the_weights_change_nothing(form, monkeypatch):
     assert torch.equal(scaled.mask(x), plain.mask(x))
 
 
-def test_scales_bring_features_into_range():
+@pytest.mark.parametrize("upsamples", [False, True], ids=["gates apart", "gates in convolutions"])
+def test_scales_bring_features_into_range(upsamples, monkeypatch):
     """Of the calibration slices, with a factor of two to spare and no more than another lost to whole binades."""
-    net = trained(width=8)
-    whole, weights = plan.build(net), pack.pack(net)
+    net, from_below, gated = trained(width=8), [], reference.gated
+
+    def recorded(*given):  # of which no buffer holds the result
+        from_below.append(gated(*given))
+        return from_below[-1]
+
+    monkeypatch.setattr(reference, "gated", recorded)
+    whole, weights = plan.build(net, upsamples=lambda step: upsamples), pack.pack(net)
     for factor in (1e-3, 1.0, 1e5):  # of the first weights, and so of most features
         weights["conv0_0.conv1"] = tuple(factor * x for x in weights["conv0_0.conv1"])
         x = torch.rand(3, 1, 32, 32)
         scales = calibrate.calibrate(whole, weights, x)
+        from_below.clear()
         largest = calibrate._largest(whole, calibrate.rescale(whole, weights, scales), x)
+        assert max(found.abs().max() for found in from_below) <= torch.finfo(FLOAT8).max / 2
         for used, most in largest.items():
             if whole.buffers[used.buffer].kind == "features":
                 assert most <= torch.finfo(FLOAT8).max / 2, used

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -17,18 +18,20 @@ from test_cuda_source import CSRC, EMULATED, ROOT, disassembler, load_emulated, 
 
 import scoat_fast
 from scoat_fast import SCOATNet
-from scoat_fast.engine import plan
+from scoat_fast.engine import pack, plan
+from scoat_fast.engine.layout import FLOAT8
 
 native = pytest.importorskip("scoat_fast.ops._native", exc_type=ImportError)
 sm90a = pytest.importorskip("scoat_fast.engine.sm90a", exc_type=ImportError)
-DTYPES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # and half the distance between a number and the next
+DTYPES = {torch.bfloat16: 2**-8, torch.float16: 2**-11, FLOAT8: 2**-4}  # and half the step from a number to the next
+WAYS = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False), (FLOAT8, False)]  # and ``planes``
 SLACK, FLOOR = 2.0, 2e-6  # times stock torch's own error in the same dtype; of the largest value
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """csrc/hopper.cu compiled for the CPU, see ``emulated_cuda/hopper_ptx.h``."""
-    sources = [(CSRC / "hopper.cu", [f"-DSCOAT_TYPE={kind}"]) for kind in ("Half", "BFloat")]
+    sources = [(CSRC / "hopper.cu", [f"-DSCOAT_TYPE={kind}"]) for kind in ("Half", "BFloat", "E4M3")]
     sources += [(CSRC / "hopper_bindings.cpp", []), (EMULATED / "hopper_module.cpp", [])]
     return load_emulated(tmp_path_factory.mktemp("emulated"), "_hopper", sources)
 
@@ -38,10 +41,16 @@ def on_a_cpu(emulated, monkeypatch):
     monkeypatch.setattr(native, "_C", types.SimpleNamespace(hopper=emulated.hopper))
 
 
+def named(way) -> str:
+    dtype, planes = way
+    return f"{str(dtype)[6:]} {'planes' if planes else 'swizzled'}"
+
+
 def assert_steps_as_accurate(form, shape, dtype, device):
     """Every step that runs here, in memory full of NaN."""
     upsampled = gated = 0
-    options = {"wanted": lambda step: sm90a.why_triton(step) is None, "upsamples": sm90a.upsamples}
+    options = {"wanted": lambda step: sm90a.why_triton(step, dtype) is None}
+    options |= {"upsamples": partial(sm90a.upsamples, dtype=dtype)}
     for outcome in run_steps(trained(**form), "sm90a", dtype, shape, device=device, **options):
         ours, stock, largest = outcome.errors
         assert ours <= SLACK * stock + FLOOR * max(largest, 1), (plan.summary(outcome.step), ours, stock)
@@ -54,10 +63,11 @@ def assert_steps_as_accurate(form, shape, dtype, device):
 
 @pytest.mark.parametrize(("form", "shape", "dtype", "planes"), [
     ({"width": 16}, (2, 16, 80), torch.bfloat16, False),
-    ({"width": 16, "equations": "paper"}, (2, 32, 16), torch.float16, True),
+    ({"width": 16, "equations": "paper"}, (2, 32, 16), torch.float16, False),
     ({"width": 32}, (1, 32, 16), torch.bfloat16, True),
     ({"width": 32, "block": "vgg"}, (1, 16, 32), torch.float16, False),
-], ids=["narrow", "paper", "wide", "vgg"])  # fmt: skip
+    ({"width": 32}, (2, 16, 16), FLOAT8, False),
+], ids=["narrow", "paper", "wide", "vgg", "float8"])  # fmt: skip
 def test_every_step(form, shape, dtype, planes, on_a_cpu, monkeypatch):
     monkeypatch.setattr(sm90a, "planes", planes)
     assert_steps_as_accurate(form, shape, dtype, "cpu")
@@ -77,6 +87,7 @@ class Case:
     pooled: bool = False
     sums: bool = False
     relu: bool = True
+    wide: bool = False  # its last result
 
 
 CASES = [
@@ -96,36 +107,52 @@ CASES = [
     Case((16,), 16, (1, 34, 66), below=32, shortcut=True),
     Case((64,), 64, (2, 6, 62), below=128, shortcut=True),
     Case((32,), 128, (1, 6, 66), below=32, shortcut=True),
+    Case((32,), 32, (2, 17, 66), residual="before", wide=True),
+    Case((64, 32), 32, (1, 10, 70), below=64, shortcut=True, wide=True),
+    Case((64,), 64, (1, 9, 65), residual="after", sums=True, wide=True),
+    Case((64,), 64, (1, 6, 64), below=32, attention=True, shortcut=True, wide=True),
+    Case((32,), 128, (1, 5, 66), residual="before", wide=True),
+    Case((128,), 128, (1, 3, 3), shortcut=True, wide=True),
 ]
 
 
-@pytest.mark.parametrize("planes", [False, True], ids=["swizzled", "planes"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_odd_sizes_and_every_epilogue(case, dtype, planes, on_a_cpu, monkeypatch):
+@pytest.mark.parametrize(("case", "way"), [
+    (case, (dtype, planes)) for case in CASES for dtype, planes in WAYS
+    if (dtype == FLOAT8 or not case.wide) and (dtype != FLOAT8 or case.out > 16)
+], ids=lambda value: str(value) if isinstance(value, Case) else named(value))  # fmt: skip
+def test_odd_sizes_and_every_epilogue(case, way, on_a_cpu, monkeypatch):
     """Views into wider buffers, whose other channels stay as they are."""
+    dtype, planes = way
     monkeypatch.setattr(sm90a, "planes", planes)
     torch.manual_seed(2)
     (n, h, w), pixels = case.shape, case.shape[1] * case.shape[2]
     level, buffers = 0, {}
 
-    def buffer(name, channels, height=h, width=w, fill=torch.nan):
-        whole = torch.full((n, height, width, channels + 16), fill, dtype=dtype)
-        buffers[name] = whole[..., 8 : 8 + channels]
+    def buffer(name, channels, height=h, width=w, kind=dtype):
+        whole = torch.full((n, height, width, channels + 32), torch.nan, dtype=kind)
+        buffers[name] = whole[..., 16 : 16 + channels]
         return plan.Slice(name, 0, channels)
+
+    def fill(name):
+        buffers[name].copy_(torch.randn(buffers[name].shape))
 
     sources = tuple(buffer(f"x{i}", count) for i, count in enumerate(case.counts))
     for source in sources:
-        buffers[source.buffer].normal_()
+        fill(source.buffer)
     below = buffer("below", case.below, h // 2, w // 2) if case.below else None
     if below is not None:
-        buffers["below"].normal_()
+        fill("below")
     attention = plan.Slice("attention", 0, 1) if case.attention else None
-    buffers["attention"] = torch.rand(n, h, w).to(dtype)
-    shortcut = plan.Shortcut("1x1", buffer("shortcut", case.out), relu=True, scaled=False) if case.shortcut else None
-    out, pooled = buffer("out", case.out), buffer("pooled", case.out, h // 2, w // 2) if case.pooled else None
+    wide = torch.bfloat16 if dtype == FLOAT8 else dtype
+    buffers["attention"] = torch.rand(n, h, w).to(wide)
+    last = wide if case.wide else dtype
+    shortcut = None
+    if case.shortcut:
+        shortcut = plan.Shortcut("1x1", buffer("shortcut", case.out, kind=last), relu=True, scaled=False)
+    out = buffer("out", case.out, kind=dtype if case.shortcut else last)
+    pooled = buffer("pooled", case.out, h // 2, w // 2) if case.pooled else None
     if case.residual:
-        buffers["out"].normal_()
+        fill("out")
     held = buffers["out"].double()
     sums = plan.Slice("sums", 0, case.out) if case.sums else None
     step = plan.Convolve(level, "3x3", 3, sources, out, below, attention, case.relu, residual=case.residual,
@@ -144,28 +171,35 @@ def test_odd_sizes_and_every_epilogue(case, dtype, planes, on_a_cpu, monkeypatch
         x = torch.cat([x, up.to(dtype).double()], 1)
         # an upsampled value halfway between two numbers may become either: some few of those in a sum
         slack += 4 * 2 * DTYPES[dtype] * up.abs().max() * weights["3x3"][0].abs().max()
-    y = F.conv2d(x, weights["3x3"][0].to(dtype).double(), weights["3x3"][1].double(), padding=1).permute(0, 2, 3, 1)
+    y = F.conv2d(x, rounded(weights["3x3"][0], dtype), weights["3x3"][1].double(), padding=1).permute(0, 2, 3, 1)
     y = y + held if case.residual == "before" else y
     y = y.relu() if case.relu else y
     y = y + held if case.residual == "after" else y
-    assert_rounded(buffers["out"], y, dtype, slack)
+    assert_rounded(buffers["out"], y, slack)
     if case.pooled:
         most = F.max_pool2d(y.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-        assert_rounded(buffers["pooled"], most, dtype, slack)
+        assert_rounded(buffers["pooled"], most, slack)
     if case.sums:
         assert ((buffers["sums"].double().sum(1) - y.sum((1, 2))).abs() <= 1e-6 * y.abs().sum((1, 2)) + 1e-6).all()
     if case.shortcut:
-        exact = F.conv2d(x, weights["1x1"][0].to(dtype).double(), weights["1x1"][1].double()).relu()
-        assert_rounded(buffers["shortcut"], exact.permute(0, 2, 3, 1), dtype, slack)
+        exact = F.conv2d(x, rounded(weights["1x1"][0], dtype), weights["1x1"][1].double()).relu()
+        assert_rounded(buffers["shortcut"], exact.permute(0, 2, 3, 1), slack)
     for name in ("out", "pooled", "shortcut"):
         if name in buffers:
-            around = buffers[name]._base
-            assert around[..., :8].isnan().all() and around[..., -8:].isnan().all(), name
+            around = buffers[name]._base.float()
+            assert around[..., :16].isnan().all() and around[..., -16:].isnan().all(), name
 
 
-def assert_rounded(x, exact, dtype, slack):
+def rounded(weight, dtype):
+    """As the kernel has it, in float64."""
+    divided, unit = pack.in_units(weight) if dtype == FLOAT8 else (weight, 1.0)
+    return divided.to(dtype).double() * unit
+
+
+def assert_rounded(x, exact, slack):
     """As near as one rounding leaves it, and what came before."""
-    assert ((x.double() - exact).abs() <= DTYPES[dtype] * exact.abs() + slack).all()
+    least = 2**-10 if x.dtype == FLOAT8 else 0  # half of the step between subnormal numbers
+    assert ((x.double() - exact).abs() <= DTYPES[x.dtype] * exact.abs() + least + slack).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2, 16), (1, 34, 38, 128), (3, 18, 70, 48)], ids=str)
@@ -175,7 +209,7 @@ def test_sums_of_what_is_gated(shape, dtype, on_a_cpu):
     torch.manual_seed(2)
     n, h, w, channels = shape
     found = {"below": torch.randn(n, h // 2, w // 2, channels + 8).to(dtype)[..., 8:]}
-    found["attention"] = torch.rand(n, h, w).to(dtype)
+    found["attention"] = torch.rand(n, h, w).to(torch.bfloat16 if dtype == FLOAT8 else dtype)
     slices = {name: plan.Slice(name, 0, channels) for name in ("below", "attention", "sums")}
     step = plan.Gate(0, slices["below"], None, slices["attention"], slices["sums"])
     found["sums"] = torch.full((n, sm90a.parts(step, h, w, torch.device("cpu"), dtype), channels), torch.nan)
@@ -186,22 +220,24 @@ def test_sums_of_what_is_gated(shape, dtype, on_a_cpu):
     assert (error <= 1e-6 * gated.abs().sum((2, 3)) + 1e-6).all()
 
 
-def test_nan_is_no_clean_zero(on_a_cpu):
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_nan_is_no_clean_zero(dtype, on_a_cpu):
     x, out, most = torch.zeros(1, 4, 4, 32), torch.zeros(1, 4, 4, 32), torch.zeros(1, 2, 2, 32)
     x[0, 0, 0, 5] = torch.nan
-    found = {"x": x.bfloat16(), "out": out.bfloat16(), "pooled": most.bfloat16()}
+    found = {"x": x.to(dtype), "out": out.to(dtype), "pooled": most.to(dtype)}
     slices = {name: plan.Slice(name, 0, 32) for name in found}
     step = plan.Convolve(0, "3x3", 3, (slices["x"],), slices["out"], pooled=slices["pooled"])
-    ready = sm90a.prepare(step, {"3x3": (torch.ones(32, 32, 3, 3), -torch.ones(32))}, x.device, torch.bfloat16)
+    ready = sm90a.prepare(step, {"3x3": (torch.ones(32, 32, 3, 3), -torch.ones(32))}, x.device, dtype)
     sm90a.bind(step, ready, lambda used: found[used.buffer], 16)()
-    assert found["out"][0, :2, :2].isnan().all() and not found["out"][0, 3:].isnan().any()
-    assert found["pooled"][0, 0, 0].isnan().all()
+    results = {name: x.float() for name, x in found.items()}
+    assert results["out"][0, :2, :2].isnan().all() and not results["out"][0, 3:].isnan().any()
+    assert results["pooled"][0, 0, 0].isnan().all()
 
 
 def test_equal_slices_give_equal_bits(on_a_cpu):
     """Whichever block computes them, and whatever lies in the rest of the batch."""
-    case = {"width": 16}
-    step = next(step for step in plan.build(SCOATNet(**case)).steps if step.sums and sm90a.why_triton(step) is None)
+    steps = [step for step in plan.build(SCOATNet(width=16)).steps if sm90a.why_triton(step, torch.bfloat16) is None]
+    step = next(step for step in steps if step.sums)
     x = torch.randn(1, 40, 70, step.channels).bfloat16()
     weights = {step.weights: (torch.randn(step.out.channels, step.channels, 3, 3), torch.randn(step.out.channels))}
     ready = sm90a.prepare(step, weights, x.device, torch.bfloat16)
@@ -217,15 +253,22 @@ def test_equal_slices_give_equal_bits(on_a_cpu):
             assert torch.equal(results[1][name][i], once[0]), name
 
 
-def test_what_it_refuses(on_a_cpu):
+def test_what_it_refuses(on_a_cpu, monkeypatch):
     assert "not in float32" in sm90a.why_not(torch.device("cpu"), torch.float32)
     assert sm90a.why_not(torch.device("cpu"), torch.bfloat16) == "needs CUDA tensors, got cpu"
+    monkeypatch.setattr(sm90a, "planes", True)
+    assert "in bfloat16 alone" in sm90a.why_not(torch.device("cuda"), FLOAT8)
     with pytest.raises(RuntimeError, match="engine: sm90a needs CUDA tensors, got cpu"):
         scoat_fast.compile(SCOATNet(width=16), dtype=torch.bfloat16, backend="sm90a")
-    reasons = {sm90a.why_triton(step) for step in plan.build(SCOATNet(width=16)).steps}
+    steps = plan.build(SCOATNet(width=16)).steps
+    reasons = {sm90a.why_triton(step, torch.bfloat16) for step in steps}
     assert "gives 256 channels, and there are kernels for 16, 32, 64 and 128" in reasons
     assert "takes 1 channels, and multiples of 16 are wanted" in reasons
     assert "takes 16 channels, and multiples of 32 are wanted" in reasons
+    reasons = {sm90a.why_triton(step, FLOAT8) for step in steps}
+    assert "gives 16 channels, and there are kernels for 32, 64 and 128" in reasons
+    first = plan.build(SCOATNet(in_channels=32)).steps[0]
+    assert sm90a.why_triton(first, torch.bfloat16) == "takes what the network is given"
 
 
 def test_a_step_is_named_with_its_tile_or_with_why_it_runs_in_triton(on_a_cpu):
@@ -258,7 +301,9 @@ def machine_code() -> dict[str, tuple[str, str]]:
     if not hasattr(native._C, "hopper") or disassembler() is None:
         pytest.skip("needs an extension with code for Hopper, and cuobjdump")
     found = machine_code_of("sm_90a", "convolve_tiles")
-    assert len(found) == 32  # two dtypes, four counts of channels, with a shortcut and without, two ways to lie
+    # with a shortcut and without: bfloat16 in four counts of channels and two ways to lie, float16 in one of them, and
+    # float8 in three counts, with a wide result and without
+    assert len(found) == 2 * (8 + 4 + 6)
     return found
 
 
@@ -272,14 +317,15 @@ def test_machine_code_has_no_spills(machine_code):
 def test_machine_code_multiplies_without_waiting(machine_code):
     """All products of a stage follow each other, and one wait follows them; what is fetched comes in boxes."""
     for name, (_, code) in machine_code.items():
-        channels, shortcut = (int(found) for found in re.search(r"FormILi(\d+)ELb(\d)", name).groups())
+        channels, shortcut = (int(found) for found in re.search(r"Li(\d+)ELb(\d)", name).groups())
         cut = sm90a._Cut(native._C.hopper.cut(channels, bool(shortcut)))
         rows, joined = cut.height // 2, cut.zeros + 1
-        products = rows // joined * (joined + 2) * 3 + rows * shortcut  # of 16 channels
-        found = re.findall(r"\bHGMMA\.64x(\d+)x16\.F32\S*", code)
-        assert len(found) == products * cut.depth // 16, (name, found)
+        products = rows // joined * (joined + 2) * 3 + rows * shortcut  # of so many channels:
+        name_of, at_once = ("QGMMA", 32) if "E4M3" in name else ("HGMMA", 16)
+        found = re.findall(rf"\b{name_of}\.64x(\d+)x{at_once}\.F32\S*", code)
+        assert len(found) == products * cut.depth // at_once, (name, found)
         assert found.count(str(joined * channels)) >= len(found) - rows * 2
-        assert len(re.findall(r"HGMMA.*gsb0", code)) == 1, name
+        assert len(re.findall(rf"{name_of}.*gsb0", code)) == 1, name
         assert not re.search(r"\bHMMA\b", code), name
         assert "UTMALDG.4D" in code and "UBLKCP" in code, name
 
@@ -290,35 +336,41 @@ hopper_only = pytest.mark.skipif(
 
 
 @hopper_only
-@pytest.mark.parametrize("planes", [False, True], ids=["swizzled", "planes"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("way", WAYS, ids=named)
 @pytest.mark.parametrize("form", [{"width": 16, "equations": "paper"}, {"width": 32}, {"width": 64, "block": "vgg"}])
-def test_every_step_on_a_gpu(form, dtype, planes, monkeypatch):
+def test_every_step_on_a_gpu(form, way, monkeypatch):
+    dtype, planes = way
+    if dtype == FLOAT8 and form["width"] == 16:
+        form = form | {"width": 32}  # there are no kernels for 16 channels
     monkeypatch.setattr(sm90a, "planes", planes)
     for shape in ((3, 80, 112), (1, 256, 272)):
         assert_steps_as_accurate(form, shape, dtype, "cuda")
 
 
 @hopper_only
-@pytest.mark.parametrize("planes", [False, True], ids=["swizzled", "planes"])
-def test_the_engine_on_a_gpu(planes, monkeypatch):
+@pytest.mark.parametrize("way", WAYS, ids=named)
+def test_the_engine_on_a_gpu(way, monkeypatch):
+    dtype, planes = way
     monkeypatch.setattr(sm90a, "planes", planes)
     net, x = trained(width=32).cuda(), torch.rand(5, 1, 144, 208, device="cuda")
-    engine = scoat_fast.compile(net, backend="sm90a", batch_sizes=(1, 4), size=(144, 208))
-    assert engine.parity(x).dice > 0.95 and engine.parity(x).relative < 0.1
+    options = {"dtype": dtype, "batch_sizes": (1, 4), "size": (144, 208)}
+    options |= {"calibration": x} if dtype == FLOAT8 else {}
+    engine, stock = (scoat_fast.compile(net, backend=name, **options) for name in ("sm90a", "reference"))
+    assert engine.parity(x).relative <= SLACK * stock.parity(x).relative + FLOOR
+    assert 1 - engine.parity(x).dice <= SLACK * (1 - stock.parity(x).dice) + 1e-3
     assert torch.equal(engine(x), engine(x.flip(0)).flip(0))
     assert torch.equal(engine.mask(x), engine.mask(x.flip(0)).flip(0))
 
 
 @hopper_only
-@pytest.mark.parametrize("planes", [False, True], ids=["swizzled", "planes"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_opacity_of_a_real_scan_on_a_gpu(dtype, planes, monkeypatch, real_slices):
+@pytest.mark.parametrize("way", WAYS, ids=named)
+def test_opacity_of_a_real_scan_on_a_gpu(way, monkeypatch, real_slices):
     """The Dice with the network's masks is 1 but for rounding: stock torch loses 0.0075 in bfloat16 on a CPU."""
+    dtype, planes = way
     monkeypatch.setattr(sm90a, "planes", planes)
     net, x = SCOATNet.from_pretrained("scoat-w16").cuda(), real_slices.cuda()
+    options = {"dtype": dtype, "batch_sizes": (2,)} | ({"calibration": x} if dtype == FLOAT8 else {})
     ours, stock = (
-        1 - scoat_fast.compile(net, backend=backend, dtype=dtype, batch_sizes=(2,)).parity(x).dice
-        for backend in ("sm90a", "reference")
+        1 - scoat_fast.compile(net, backend=backend, **options).parity(x).dice for backend in ("sm90a", "reference")
     )
     assert ours <= SLACK * stock + 1e-3

@@ -72,7 +72,7 @@ def contenders(device: torch.device, compile: bool, autotune: bool = False) -> I
 
 def gpu_backends(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """The engine's own on a GPU. That for Hopper is left out where its dtype or the GPU is another."""
-    hopper = dtype in HALVES and torch.cuda.get_device_capability(device) == (9, 0)
+    hopper = dtype in (*HALVES, FLOAT8) and torch.cuda.get_device_capability(device) == (9, 0)
     return ("triton", "sm90a") if hopper else ("triton",)
 
 

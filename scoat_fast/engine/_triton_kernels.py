@@ -283,7 +283,7 @@ def _multiplied(acc, left, right, SWAP: tl.constexpr):  # [BP, BK], [BN, BK]
 def _finished(acc, unit, bias, channel, OUT, SWAP: tl.constexpr):  # -> [BP, BN]
     value = tl.trans(acc) if SWAP else acc
     if unit is not None:
-        value *= tl.load(unit + channel, mask=channel < OUT, other=0.0)[None, :]
+        value *= unit
     return value + tl.load(bias + channel, mask=channel < OUT, other=0.0)[None, :]
 
 

@@ -56,7 +56,7 @@ def rescale(plan: Plan, weights: Weights, scales: Scales) -> Weights:
     for step in plan.steps:
         match step:
             case Convolve():
-                given = torch.cat([_of(scales, source) for source in step.sources])
+                given = torch.cat([_of(scales, used) for used in step.inputs])
                 convolution(step.weights, given, _of(scales, step.out))
                 if step.shortcut is not None:
                     convolution(step.shortcut.weights, given, _of(scales, step.shortcut.out))
@@ -87,8 +87,12 @@ def _largest(plan: Plan, weights: Weights, batch: Tensor) -> dict[Slice, float]:
         tensors["input"].copy_(image[None].permute(0, 2, 3, 1))
         for step, call in zip(plan.steps, calls, strict=True):
             call()
-            for used in writes(step):
-                found = view(used).abs().max().item()
+            written = [(used, view(used)) for used in writes(step)]
+            if isinstance(step, Convolve) and step.below is not None:
+                # nobody stores it, but it gets rounded, as what it is made from
+                written.append((step.below, reference.gated(step, view)))
+            for used, values in written:
+                found = values.abs().max().item()
                 largest[used] = max(largest.get(used, 0.0), found) if math.isfinite(found) else found
     return largest
 

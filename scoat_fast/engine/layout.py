@@ -21,7 +21,7 @@ class Extents(Protocol):
     """What a backend decides about buffers: its functions of these names (see ``reference``)."""
 
     parts: Callable[[Step, int, int, torch.device, torch.dtype], int]
-    rows: Callable[[Convolve], int]
+    rows: Callable[[Convolve, torch.dtype], int]
 
 
 def has_float8(device: torch.device) -> bool:
@@ -71,11 +71,11 @@ def lay_out(
     """Places buffers so that those which live at the same time do not overlap, large ones first."""
     divided = {}
     for step in plan.steps:
+        used = step_dtype(plan, step, dtype)
         if isinstance(sums := getattr(step, "sums", None), Slice):
-            used = step_dtype(plan, step, dtype)
             divided[sums.buffer] = backend.parts(step, height >> step.level, width >> step.level, device, used)
         if isinstance(step, Convolve) and step.scaled is not None:
-            divided[step.scaled.buffer] = backend.rows(step)
+            divided[step.scaled.buffer] = backend.rows(step, used)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, buffer in plan.buffers.items():
         c, h, w = buffer.channels, height >> buffer.level, width >> buffer.level

@@ -80,11 +80,15 @@ def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return _exact(convolution.weight) * scale[:, None, None, None], bias
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [out, in, k, k] in float8, and what each output channel of them is to be multiplied by: float32 [out]."""
-    most = weight.abs().amax((1, 2, 3))
-    scale = torch.where(most > 0, most / torch.finfo(FLOAT8).max, 1.0)
-    return (weight / scale[:, None, None, None]).to(FLOAT8), scale.float()
+def in_units(weight: Tensor) -> tuple[Tensor, float]:
+    """Weights that reach as far as float8 does, and their unit: what they are to be multiplied by.
+
+    A unit for each output channel would gain nothing where these lie within 12 binades of each other: so many more has
+    float8 than its three bits of precision need. Weights so small that their bias, in units, could outgrow float32 are
+    as good as none.
+    """
+    unit = max(weight.abs().max().item() / torch.finfo(FLOAT8).max, 2.0**-40)
+    return weight / unit, unit
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -89,8 +89,13 @@ class Convolve:
     sums: Slice | None = None
 
     @property
+    def inputs(self) -> tuple[Slice, ...]:
+        """What is convolved: the sources, and the one below."""
+        return self.sources if self.below is None else (*self.sources, self.below)
+
+    @property
     def channels(self) -> int:
-        return sum(source.channels for source in (*self.sources, *([self.below] if self.below else [])))
+        return sum(used.channels for used in self.inputs)
 
 
 @dataclass(frozen=True)

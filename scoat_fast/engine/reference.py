@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import FLOAT8
-from .pack import Weights, quantise
+from .pack import Weights, in_units
 from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
 
 View = Callable[[Slice], Tensor]  # the memory of a slice; features as [N, H, W, C]
@@ -29,12 +29,12 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
     return 1
 
 
-def rows(step: Convolve) -> int:
+def rows(step: Convolve, dtype: torch.dtype) -> int:
     """How many rows of weights a recalibrated step wants for each slice: none, as features are scaled here."""
     return 0
 
 
-def upsamples(step: Convolve) -> bool:
+def upsamples(step: Convolve, dtype: torch.dtype) -> bool:
     """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
     return False
 
@@ -59,8 +59,8 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
     if dtype == FLOAT8:
         for name in products:
             weight, bias = prepared[name]
-            rounded, scale = quantise(weight)
-            prepared[name] = rounded.float() * scale[:, None, None, None], bias
+            divided, unit = in_units(weight)
+            prepared[name] = divided.to(FLOAT8).float() * unit, bias
     return prepared
 
 
@@ -73,7 +73,7 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
 
 def _convolve(step: Convolve, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
-        below = [] if step.below is None else [_gated(step, view)]
+        below = [] if step.below is None else [gated(step, view)]
         given = torch.cat([*(_read(view(source)) for source in step.sources), *below], 1)
         x = given if step.scale is None else given * view(step.scale)[:, :, None, None].to(given.dtype)
         y = F.conv2d(x, *weights[step.weights], padding=step.size // 2)
@@ -107,7 +107,7 @@ def _attend(step: Attend, weights: Weights, view: View) -> Callable[[], None]:
 
 def _gate(step: Gate, weights: Weights, view: View) -> Callable[[], None]:
     def run() -> None:
-        y = _gated(step, view)
+        y = gated(step, view)
         if step.out is not None:
             _write(view(step.out), y)
         if step.sums is not None:
@@ -141,7 +141,8 @@ def _sum(y: Tensor, sums: Tensor) -> None:  # [N, C, H, W], [N, parts, C]
     sums[:, 0] = y.sum((2, 3), dtype=sums.dtype)
 
 
-def _gated(step: Convolve | Gate, view: View) -> Tensor:
+def gated(step: Convolve | Gate, view: View) -> Tensor:
+    """What a step takes from below, [N, C, H, W]: (1 + attention) * up(below), or up(below) alone."""
     y = _up(_read(view(step.below)))
     return y if step.attention is None else y * (1 + view(step.attention)[:, None])
 

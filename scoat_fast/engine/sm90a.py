@@ -11,18 +11,22 @@ from torch import Tensor
 
 from ..ops import _native
 from . import triton
-from .pack import Weights
-from .plan import Convolve, Gate, Slice, Step
+from .layout import FLOAT8
+from .pack import Weights, in_units
+from .plan import Convolve, Gate, Slice, Step, reads
 
 View = Callable[[Slice], Tensor]
-DTYPES = (torch.float16, torch.bfloat16)
-planes = False  # 8 channels beside each other in shared memory, without a swizzle: for cards where that goes wrong
+DTYPES = (torch.float16, torch.bfloat16, FLOAT8)
+# In bfloat16: 8 channels beside each other in shared memory, without a swizzle, should that go wrong on some card.
+planes = False
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run on a device in a dtype, or None where it can."""
     if dtype not in DTYPES:
-        return f"computes in float16 or bfloat16, not in {str(dtype)[6:]}"
+        return f"computes in float16, bfloat16 or float8_e4m3fn, not in {str(dtype)[6:]}"
+    if planes and dtype != torch.bfloat16:
+        return "computes in bfloat16 alone while sm90a.planes is set"
     if device.type != "cuda":
         return f"needs CUDA tensors, got {device.type}"
     if not hasattr(_native._C, "hopper"):
@@ -35,25 +39,27 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return _native._C.hopper.why_not() or triton.why_not(device, dtype)
 
 
-def why_triton(step: Step) -> str | None:
-    """Why a step runs in Triton, or None where it runs here."""
+def why_triton(step: Step, dtype: torch.dtype) -> str | None:
+    """Why a step of this dtype runs in Triton, or None where it runs here."""
     if isinstance(step, Gate) and step.out is None:
         return None
     if not isinstance(step, Convolve) or step.size != 3:
         return "is no 3x3 convolution"
-    if not _native._C.hopper.has_kernel(step.out.channels):
-        return f"gives {step.out.channels} channels, and there are kernels for 16, 32, 64 and 128"
+    if not _native._C.hopper.has_kernel(step.out.channels, dtype.itemsize):
+        counts = "32, 64 and 128" if dtype == FLOAT8 else "16, 32, 64 and 128"
+        return f"gives {step.out.channels} channels, and there are kernels for {counts}"
     depth = _cut(step).depth
-    sources = [*step.sources, *([step.below] if step.below is not None else [])]
-    if any(source.channels % depth for source in sources):
-        counts = " + ".join(str(source.channels) for source in sources)
+    if any(used.channels % depth for used in step.inputs):
+        counts = " + ".join(str(used.channels) for used in step.inputs)
         return f"takes {counts} channels, and multiples of {depth} are wanted"
+    if step.sources[0].buffer == "input":  # of another dtype than what comes after it, in an engine of float8
+        return "takes what the network is given"
     return None
 
 
 def parts(step: Step, height: int, width: int, device: torch.device, dtype: torch.dtype) -> int:
     """In how many parts a step leaves sums over ``height`` x ``width`` pixels: one of each warpgroup for each tile."""
-    if why_triton(step) is not None:
+    if why_triton(step, dtype) is not None:
         return triton.parts(step, height, width, device, dtype)
     if isinstance(step, Gate):
         return -(-height * width // (4 * _native._C.hopper.SUMMED))
@@ -61,22 +67,22 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
     return -(-height // cut.height) * -(-width // cut.width) * _native._C.hopper.GROUPS
 
 
-def rows(step: Convolve) -> int:
+def rows(step: Convolve, dtype: torch.dtype) -> int:
     """How many rows of weights a recalibrated step wants for each slice: its own, then those of its shortcut."""
-    if why_triton(step) is not None:
-        return triton.rows(step)
+    if why_triton(step, dtype) is not None:
+        return triton.rows(step, dtype)
     shortcut = step.shortcut is not None and step.shortcut.scaled
     return (3 * _cut(step).slots + shortcut) * step.out.channels
 
 
-def upsamples(step: Convolve) -> bool:
+def upsamples(step: Convolve, dtype: torch.dtype) -> bool:
     """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
-    return step.shortcut is not None and why_triton(step) is None
+    return step.shortcut is not None and why_triton(step, dtype) is None
 
 
 def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
     """What runs a step in rows of ``width`` pixels, for people to read: with its tile."""
-    if (reason := why_triton(step)) is not None:
+    if (reason := why_triton(step, dtype)) is not None:
         name = triton.kernel(step, width, device, dtype)
         return f"{name} (not sm90a: it {reason})" if isinstance(step, Convolve) and step.size == 3 else name
     if isinstance(step, Gate):
@@ -88,7 +94,7 @@ def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> 
 
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
     """What a step needs of the weights: as ``csrc/hopper.cu`` lays them out, in float32 where they get scaled."""
-    if why_triton(step) is not None:
+    if why_triton(step, dtype) is not None:
         return triton.prepare(step, weights, device, dtype)
     if isinstance(step, Gate):
         return {}
@@ -98,24 +104,27 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
     packed = {}
     for name, scaled in names:
         weight, bias = weights[name]
-        kind = torch.float32 if scaled else dtype
-        packed[name] = _packed(weight, _cut(step)).to(device, kind), bias.to(device, torch.float32)
+        weight, unit = in_units(weight) if dtype == FLOAT8 else (weight, 1.0)
+        rounded = _packed(weight, _cut(step), 32 // dtype.itemsize).to(device, torch.float32 if scaled else dtype)
+        packed[name] = rounded, (bias / unit).to(device, torch.float32), unit
     return packed
 
 
 def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
     """A call that runs a step on the memory that ``view`` gives; a slice has ``pixels`` on the step's level."""
-    if why_triton(step) is not None:
+    if why_triton(step, view(reads(step)[0]).dtype) is not None:
         return triton.bind(step, weights, view, pixels)
     if isinstance(step, Gate):
         return _bound(
             [(_functions(view(step.below).dtype).gate_sums, _gate_sums(step, view))], weights, view, step.below
         )
-    out = view(step.out)
+    out, dtype = view(step.out), view(step.sources[0]).dtype
+    last = step.out if step.shortcut is None else step.shortcut.out
     calls, (main, shortcut) = _matrices(step, weights, view)
     sums = None if step.sums is None else view(step.sums)
     arguments = {
         "planes": planes,
+        "wide": view(last).dtype != dtype,
         "size": tuple(out.shape[:3]),
         "first": _features(view(step.sources[0])),
         "second": _features(view(step.sources[1])) if len(step.sources) > 1 else None,
@@ -133,7 +142,7 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
         "shortcut_out": None if step.shortcut is None else _features(view(step.shortcut.out)),
         "shortcut_relu": step.shortcut is not None and step.shortcut.relu,
     }
-    return _bound([*calls, (_functions(out.dtype).convolve, arguments)], weights, view, step.out)
+    return _bound([*calls, (_functions(dtype).convolve, arguments)], weights, view, step.out)
 
 
 def _bound(calls: list[tuple[Callable, dict]], weights: Weights, view: View, on: Slice) -> Callable[[], None]:
@@ -156,7 +165,7 @@ def _gate_sums(step: Gate, view: View) -> dict:
     return arguments
 
 
-def _matrices(step: Convolve, weights: Weights, view: View) -> tuple[list, list[tuple[int, int, int]]]:
+def _matrices(step: Convolve, weights: Weights, view: View) -> tuple[list, list[tuple[int, int, int, float]]]:
     """What scales weights for each slice, and the weights of a step and of its shortcut as the kernel takes them."""
     calls: list[tuple[Callable, dict]] = []
     room = None if step.scaled is None else view(step.scaled)  # [N, rows, C]
@@ -166,19 +175,20 @@ def _matrices(step: Convolve, weights: Weights, view: View) -> tuple[list, list[
         (step.shortcut and step.shortcut.weights, step.shortcut is not None and step.shortcut.scaled, 1),
     ):
         if name is None:
-            found.append((0, 0, 0))
+            found.append((0, 0, 0, 1.0))
             continue
-        packed, bias = weights[name]
+        packed, bias, unit = weights[name]
         if not scaled:
-            found.append((packed.data_ptr(), 0, bias.data_ptr()))
+            found.append((packed.data_ptr(), 0, bias.data_ptr(), unit))
             continue
         scale, to = view(step.scale), room[:, first:]
-        arguments = {"n": len(room), "weights": packed.data_ptr()}
-        arguments |= {"vectors": packed.numel() // 8, "inner": packed.shape[4] * packed.shape[5], "taps": taps}
-        arguments |= {"eighths": packed.shape[2] * 2, "factors": scale.data_ptr(), "factors_step": scale.stride(0)}
+        _, _, steps, halves, slots, out, count = packed.shape
+        arguments = {"n": len(room), "weights": packed.data_ptr(), "vectors": packed.numel() // count}
+        arguments |= {"inner": slots * out, "taps": taps, "pieces": steps * halves}
+        arguments |= {"factors": scale.data_ptr(), "factors_step": scale.stride(0)}
         arguments |= {"out": to.data_ptr(), "out_step": room.stride(0)}
         calls.append((_functions(room.dtype).scale, arguments))
-        found.append((to.data_ptr(), room.stride(0) * room.itemsize, bias.data_ptr()))
+        found.append((to.data_ptr(), room.stride(0) * room.itemsize, bias.data_ptr(), unit))
         first += packed.numel() // room.shape[2]
     return calls, found
 
@@ -197,13 +207,16 @@ def _cut(step: Convolve) -> _Cut:
     return _Cut(_native._C.hopper.cut(step.out.channels, step.shortcut is not None))
 
 
-def _packed(weight: Tensor, cut: _Cut) -> Tensor:
-    """[out, in, k, k] as [chunks, horizontal taps, depth / 16, 2, slots, out, 8], the last vertical tap first."""
+def _packed(weight: Tensor, cut: _Cut, at_once: int) -> Tensor:
+    """[out, in, k, k] as [chunks, horizontal taps, depth / at_once, 2, slots, out, at_once / 2].
+
+    A product takes so many channels ``at_once``, 32 bytes of them. The last vertical tap comes first.
+    """
     out, channels, size, _ = weight.shape
     if size == 3:
         zeros = weight.new_zeros(out, channels, cut.zeros, 3)
         weight = torch.cat([zeros, weight.flip(2), zeros], 2)
-    chunks = weight.unflatten(1, (channels // cut.depth, cut.depth // 16, 2, 8))
+    chunks = weight.unflatten(1, (channels // cut.depth, cut.depth // at_once, 2, at_once // 2))
     return chunks.permute(1, 6, 2, 3, 5, 0, 4).contiguous()
 
 

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..ops import _triton_kernels as pointwise
 from . import _triton_kernels as kernels
 from .layout import FLOAT8, has_float8
-from .pack import Weights, quantise
+from .pack import Weights, in_units
 from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
 from .tune import chosen
 
@@ -78,13 +78,13 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
     return _tile_of(step, width, device, dtype).count(height, width)
 
 
-def rows(step: Convolve) -> int:
+def rows(step: Convolve, dtype: torch.dtype) -> int:
     """How many rows of weights a recalibrated step wants for each slice: its own, then those of its shortcut."""
     taps = step.size**2 + (step.shortcut is not None and step.shortcut.scaled)
     return taps * _padded(step.out.channels)
 
 
-def upsamples(step: Convolve) -> bool:
+def upsamples(step: Convolve, dtype: torch.dtype) -> bool:
     """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
     return False
 
@@ -377,17 +377,13 @@ def _rows(weights: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
 
 def _packed(
     weight: Tensor, bias: Tensor, device: torch.device, dtype: torch.dtype, scaled: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, float | None]:
     """Weights, bias and unit of a product: [out, in, k, k] becomes [k * k, out padded to whole blocks, in].
 
-    The unit, float32 [out], is what sums in float8 are multiplied by; None for other dtypes. Weights that a
-    recalibration scales stay in float32: they are rounded once, after it.
+    The unit is what sums in float8 are multiplied by; None for other dtypes. Weights that a recalibration scales stay
+    in float32: they are rounded once, after it.
     """
-    unit = None
-    if dtype == FLOAT8:
-        rounded, unit = quantise(weight)
-        weight = weight / unit[:, None, None, None] if scaled else rounded
-        unit = unit.to(device)
+    weight, unit = in_units(weight) if dtype == FLOAT8 else (weight, None)
     out, channels, rows, columns = weight.shape
     by_tap = weight.permute(2, 3, 0, 1).reshape(rows * columns, out, channels)
     padding = torch.zeros(rows * columns, _padded(out) - out, channels, dtype=weight.dtype)

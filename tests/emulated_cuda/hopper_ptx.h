@@ -8,7 +8,7 @@
 #include <cstring>
 #include <map>
 
-#include "numbers.h"
+#include "hopper.h"
 
 #define __grid_constant__
 #define SCOAT_DYNAMIC_SHARED(name) uint8_t* const name = emulated::shared
@@ -18,6 +18,9 @@ struct float2 {
 };
 struct float4 {
   float x, y, z, w;
+};
+struct uint2 {
+  uint32_t x, y;
 };
 struct uint4 {
   uint32_t x, y, z, w;
@@ -36,11 +39,11 @@ inline uint32_t swizzled(uint32_t address, int span) {
 
 }  // namespace emulated
 
-// A tensor [n, h, w, c] of 16-bit numbers, and the boxes that are read from it.
+// A tensor [n, h, w, c] of numbers of some bytes, and the boxes that are read from it.
 struct CUtensorMap {
   const uint8_t* data;
   int64_t steps[4], sizes[4];  // c, w, h, n; in bytes
-  int box[3], span;
+  int box[3], span, size;
 };
 
 namespace scoat {
@@ -97,7 +100,7 @@ inline void copy_box(void* to, const CUtensorMap* map, Barrier* barrier, int c, 
   uint32_t offset = start;
   for (int j = 0; j < map->box[2]; ++j)
     for (int i = 0; i < map->box[1]; ++i)
-      for (int k = 0; k < map->box[0]; ++k, offset += 2) {
+      for (int k = 0; k < map->box[0]; ++k, offset += uint32_t(map->size)) {
         const int64_t at[] = {c + k, x + i, y + j, n};
         const uint8_t* from = map->data;
         bool inside = true;
@@ -107,9 +110,9 @@ inline void copy_box(void* to, const CUtensorMap* map, Barrier* barrier, int c, 
         }
         uint8_t* const value = emulated::shared + emulated::swizzled(offset, map->span);
         if (inside)
-          std::memcpy(value, from, 2);
+          std::memcpy(value, from, size_t(map->size));
         else
-          std::memset(value, 0, 2);
+          std::memset(value, 0, size_t(map->size));
       }
   barrier->bytes -= int(offset - start);
   step(barrier);
@@ -132,17 +135,48 @@ uint32_t pair(float first, float second) {
   return from_float<T>(first).bits | uint32_t(from_float<T>(second).bits) << 16;
 }
 
+// To the nearest, ties to even, and 448 for what is larger.
+inline uint8_t e4m3_of(float value) {
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  if (std::isnan(value)) return sign | 0x7f;
+  const float size = std::min(std::fabs(value), 448.0f);
+  const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
+  const int eighths = int(std::nearbyint(std::ldexp(size, 3 - exponent)));  // of 2^exponent; fewer than 8 if subnormal
+  return sign | uint8_t((exponent + 6) * 8 + eighths);
+}
+
+inline float to_float(E4M3 value) {
+  const int exponent = value.bits >> 3 & 15, eighths = value.bits & 7;
+  const float size = std::ldexp(float(exponent ? 8 + eighths : eighths), (exponent ? exponent : 1) - 10);
+  return std::copysign((value.bits & 0x7f) == 0x7f ? NAN : size, value.bits & 0x80 ? -1.0f : 1.0f);
+}
+
+template <>
+inline uint32_t pair<E4M3>(float first, float second) {
+  return e4m3_of(first) | uint32_t(e4m3_of(second)) << 8;
+}
+
+template <typename T>
+float2 numbers_of(uint32_t pair) {
+  return {to_float(T{uint16_t(pair)}), to_float(T{uint16_t(pair >> 16)})};
+}
+
+template <>
+inline float2 numbers_of<E4M3>(uint32_t pair) {
+  return {to_float(E4M3{uint8_t(pair)}), to_float(E4M3{uint8_t(pair >> 8)})};
+}
+
 inline float maximum(float a, float b) { return std::isnan(a) ? a : std::isnan(b) ? b : std::max(a, b); }
 
-// A row of 16 numbers of the matrix of a descriptor.
+// A row of 32 bytes of the matrix of a descriptor.
 template <typename T>
-void read(uint64_t descriptor, int row, float (&to)[16]) {
+void read(uint64_t descriptor, int row, float (&to)[32 / sizeof(T)]) {
   const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
   const uint32_t start = field(0), channels_step = field(16), group_step = field(32);
   const int mode = int(descriptor >> 62), span = mode == 0 ? 16 : mode == 3 ? 32 : mode == 2 ? 64 : 128;
   if (descriptor >> 49 & 7) emulated::fail("a matrix with a base offset");
-  for (int k = 0; k < 16; ++k) {
-    const uint32_t within = span == 16 ? uint32_t(k / 8) * channels_step + uint32_t(k % 8) * 2 : uint32_t(k) * 2;
+  for (uint32_t k = 0; k < 32 / sizeof(T); ++k) {
+    const uint32_t byte = k * sizeof(T), within = span == 16 ? byte / 16 * channels_step + byte % 16 : byte;
     uint32_t address = start + uint32_t(row / 8) * group_step + uint32_t(row % 8 * span) + within;
     if (address >= emulated::SHARED_BYTES) emulated::fail("a matrix outside of shared memory");
     if (span > 16) address = emulated::swizzled(address, span);
@@ -155,7 +189,8 @@ void read(uint64_t descriptor, int row, float (&to)[16]) {
 template <typename T, int N>
 void multiply(float* d, uint64_t a, uint64_t b) {
   const int lane = int(threadIdx.x % 32), first = 16 * int(threadIdx.x / 32 % 4) + lane / 4;
-  float rows[2][16], column[16];
+  constexpr int K = 32 / sizeof(T);
+  float rows[2][K], column[K];
   read<T>(a, first, rows[0]);
   read<T>(a, first + 8, rows[1]);
   for (int j = 0; j < N / 8; ++j)
@@ -163,7 +198,7 @@ void multiply(float* d, uint64_t a, uint64_t b) {
       read<T>(b, 8 * j + lane % 4 * 2 + i, column);
       for (int half = 0; half < 2; ++half) {
         float total = 0.0f;
-        for (int k = 0; k < 16; ++k) total += rows[half][k] * column[k];
+        for (int k = 0; k < K; ++k) total += rows[half][k] * column[k];
         d[4 * j + 2 * half + i] += total;
       }
     }
@@ -172,12 +207,14 @@ void multiply(float* d, uint64_t a, uint64_t b) {
 template <typename T>
 int encode(CUtensorMap* map, const void* data, const int64_t (&steps)[3], int64_t n, int64_t h, int64_t w,
            int64_t channels, const int (&box)[3], int span) {
+  constexpr int64_t SIZE = sizeof(T);
   *map = {static_cast<const uint8_t*>(data),
-          {2, 2 * steps[2], 2 * steps[1], 2 * steps[0]},
+          {SIZE, SIZE * steps[2], SIZE * steps[1], SIZE * steps[0]},
           {channels, w, h, n},
           {box[0], box[1], box[2]},
-          span};
-  bool allowed = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (span == 16 || box[0] * 2 <= span);
+          span,
+          int(SIZE)};
+  bool allowed = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (span == 16 || box[0] * SIZE <= span);
   for (int64_t bytes : {map->steps[1], map->steps[2], map->steps[3]}) allowed = allowed && bytes % 16 == 0;
   for (int size : map->box) allowed = allowed && size <= 256;
   return allowed ? cudaSuccess : cudaErrorInvalidValue;
