@@ -151,7 +151,7 @@ def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, open
     build("cxx", "bindings.cpp", "bindings.o")
     build("cxx", "cpu_dispatch.cpp", "cpu_dispatch.o")
     for isa in ("avx512", "avx2", "base") if x86 else ("base",):
-        for source in ("cpu", "engine_cpu"):
+        for source in ("cpu", "engine_cpu", "training_cpu"):
             build("cxx", f"{source}.cpp", f"{source}_{isa}.o", f"-DSCOAT_ISA={isa} {ISA_FLAGS[isa]}")
     link = ["-shared", "-fopenmp"] if openmp else ["-shared"]
     if platform.system() == "Darwin":

@@ -1,4 +1,4 @@
-// The steps of the inference engine on a CPU, in float32. Features are [N, H, W, C] with a channel step of 1.
+// What the inference engine runs on a CPU, and training for the weights, in float32. Features are [N, H, W, C] with a channel step of 1.
 #pragma once
 
 #include <cstdint>
@@ -67,8 +67,18 @@ struct Output {
   const float* threshold;
 };
 
-#define SCOAT_STEPS(apply) \
-  apply(convolve, Convolution) apply(project, Projection) apply(attend, Attention) apply(output, Output)
+// For training: what the gradient of the weights of a 3x3 convolution with zero padding is made of, by the adjoint of
+// the same algorithm. At each of 36 points, the sums over a part of the tiles, those of all slices one after the other,
+// of the products of inputs and gradients: [parts][36][channels of source][channels of gradient].
+struct WeightSums {
+  int64_t n, h, w, tiles, parts;  // `tiles` are transformed at once
+  Features source, gradient;
+  float* sums;
+};
+
+#define SCOAT_STEPS(apply)                                                                               \
+  apply(convolve, Convolution) apply(project, Projection) apply(attend, Attention) apply(output, Output) \
+      apply(sum_weights, WeightSums)
 
 namespace cpu {
 #define SCOAT_DECLARE_STEP(name, Step) void name(const Step&, int threads);

@@ -1,8 +1,10 @@
-"""Two convolutions of one tensor that is made again for the backward pass (see ``recompute``).
+"""Convolutions with a backward pass of their own.
 
-Stock convolutions would hold that tensor, the widest of the network, and both of its gradients at once, at the very
-moment when the most is kept. Here it is let go before its one gradient is made, to which the 1x1 convolution adds its
-part in place.
+Two of one tensor that is made again for the backward pass (see ``recompute``): stock convolutions would hold that
+tensor, the widest of the network, and both of its gradients at once, at the very moment when the most is kept. Here it
+is let go before its one gradient is made, to which the 1x1 convolution adds its part in place.
+
+On a CPU, where channels come last, the gradients of 3x3 weights are not stock PyTorch's (see ``winograd``).
 """
 
 from __future__ import annotations
@@ -11,8 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .winograd import weight_gradient, why_not
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 METHODS = {"forward", "_conv_forward"}
+
+
+def convolution(x: Tensor, spatial: nn.Module) -> Tensor:
+    """``spatial(x)``, a 3x3 convolution with a border of one zero: [N, C, H, W] -> [N, D, H, W].
+
+    A module that somebody has put in its place, hung hooks on or given another method is called.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return spatial(x)
+    if x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last) or not _is_plain(spatial, 3):
+        return spatial(x)
+    return _Convolution.apply(x, spatial.weight, spatial.bias)
 
 
 def two_convolutions(x: Tensor, spatial: nn.Module, pointwise: nn.Module) -> tuple[Tensor, Tensor]:
@@ -36,6 +52,23 @@ def _is_plain(module: nn.Module, side: int) -> bool:
         return False
     options = module.kernel_size, module.padding, module.stride, module.dilation, module.groups, module.padding_mode
     return options == ((side, side), (side // 2, side // 2), (1, 1), (1, 1), 1, "zeros")
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, *wanted = ctx.needs_input_grad
+        dx = F.conv_transpose2d(dy, weight, padding=1) if of_x else None
+        return dx, *_of_weights(dy, x, weight, wanted)
 
 
 class _TwoConvolutions(torch.autograd.Function):
@@ -65,6 +98,8 @@ class _TwoConvolutions(torch.autograd.Function):
 
 def _of_weights(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
     """The gradients of the weight and the bias of a convolution that keeps height and width."""
+    if weight.shape[2] == 3 and wanted[0] and why_not(dy, x) is None:
+        return [torch.empty_like(weight).copy_(weight_gradient(dy, x)), dy.sum((0, 2, 3)) if wanted[1] else None]
     padding = [side // 2 for side in weight.shape[2:]]
     _, *grads = torch.ops.aten.convolution_backward(
         dy, x, weight, weight.shape[:1], [1, 1], padding, [1, 1], False, [0, 0], 1, [False, *wanted]

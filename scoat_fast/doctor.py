@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, ops
+from . import __version__, ops, winograd
 from .engine import runner
 from .errors import ScoatFastError
 from .files import make_folder, write_text
@@ -50,6 +50,7 @@ def diagnose(device: str) -> list[Finding]:
             for implementation in KERNELS
             for dtype in DTYPES
         ]
+        found.append(_examine_convolution(device))
         return found + [_examine_engine(backend, dtype, device) for backend in BACKENDS for dtype in DTYPES]
 
 
@@ -71,6 +72,34 @@ def _examine(op: ops.Operation, implementation: str, dtype: torch.dtype, device:
                 return Finding(*what, "out of bounds", one.error, one.bound, f"at {sample.name}")
             worst = max(worst, one, key=lambda p: p.error)
     return Finding(*what, "ok", worst.error, worst.bound)
+
+
+def _examine_convolution(device: str) -> Finding:
+    """Of the gradient of the weights of a 3x3 convolution, for which there is a kernel on a CPU in float32 alone."""
+    what = ("convolution", "cpu", "float32")
+    if device != "cpu":
+        return Finding(*what, "not here", reason=f"does not run on {device} tensors")
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (
+        torch.randn(2, channels, 37, 45, generator=generator).contiguous(memory_format=torch.channels_last)
+        for channels in (19, 21)
+    )
+    with torch.no_grad():
+        if (refusal := winograd.why_not(dy, x)) is not None:
+            return Finding(*what, "not here", reason=refusal)
+        exact, stock = (
+            torch.nn.grad.conv2d_weight(x.to(dtype), (21, 19, 3, 3), dy.to(dtype), padding=1).double()
+            for dtype in (torch.float64, torch.float32)
+        )
+        try:
+            found = winograd.weight_gradient(dy, x).double()
+        except Exception as error:  # as above
+            return Finding(*what, "broken", reason=f"{type(error).__name__}: {error}".splitlines()[0])
+    error, stock_error = ((one - exact).abs().max().item() for one in (found, stock))
+    bound = parity.SLACK * stock_error + parity.FLOOR * exact.abs().max().item()
+    if not error <= bound:
+        return Finding(*what, "out of bounds", error, bound, "in the gradient of its weights")
+    return Finding(*what, "ok", error, bound)
 
 
 def _examine_engine(backend: str, dtype: torch.dtype, device: str) -> Finding:

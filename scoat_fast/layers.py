@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolutions import two_convolutions
+from .convolutions import convolution, two_convolutions
 from .ops import batch_norm_relu, channel_gate, spatial_gate, upsample
 from .ops.batch_norm_relu.op import normalize_again
 from .recompute import forget
@@ -67,10 +67,10 @@ class PlainBlock(nn.Module):
 
     def finish(self, first: Tensor, residual: Tensor | None = None) -> Tensor:
         """All that follows the first convolution; the residual is added before the last ReLU."""
-        return norm_relu(self.bn2, self.conv2(norm_relu(self.bn1, first)), residual)
+        return norm_relu(self.bn2, convolution(norm_relu(self.bn1, first), self.conv2), residual)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in, H, W] -> [N, out, H, W]
-        return self.finish(self.conv1(x))
+        return self.finish(convolution(x, self.conv1))
 
 
 class ResidualBlock(PlainBlock):
@@ -121,7 +121,7 @@ class GatedBlock(ResidualBlock):
         """[N, in, H, W] and, where they are known, its means over the pixels [N, in] -> [N, out, H, W]."""
         recalibrated = self.ca(x, means)
         if self.equations == "paper":
-            return self.finish(self.conv1(recalibrated)) + F.relu(self.downsample(x))
+            return self.finish(convolution(recalibrated, self.conv1)) + F.relu(self.downsample(x))
         return super().forward(recalibrated)
 
 

@@ -61,7 +61,7 @@ def load_emulated(folder: Path, name: str, sources: list[tuple[Path, list[str]]]
 def emulated(tmp_path_factory):
     """The extension with its CUDA kernels compiled for the CPU, see ``emulated_cuda/cuda_runtime.h``."""
     options = ["-fopenmp-simd", "-DSCOAT_ISA=base", "-DSCOAT_EMULATED", "-DSCOAT_CUDA"]
-    names = ("cuda.cu", "cpu.cpp", "cpu_dispatch.cpp", "engine_cpu.cpp", "bindings.cpp")
+    names = ("cuda.cu", "cpu.cpp", "cpu_dispatch.cpp", "engine_cpu.cpp", "training_cpu.cpp", "bindings.cpp")
     return load_emulated(tmp_path_factory.mktemp("emulated"), "_C", [(CSRC / name, options) for name in names])
 
 

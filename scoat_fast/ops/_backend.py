@@ -1,8 +1,9 @@
 """The only place that chooses which implementation of an operation runs.
 
 ``SCOAT_FAST_DISABLE`` switches implementations off: a comma-separated list of implementations (``triton``), of
-operations (``upsample``, or ``engine``), of pairs (``upsample.triton``), or ``all``. The reference cannot be switched
-off. Any other name is an error, since whoever mistyped one would measure, or trust, what was to be off.
+operations (``upsample``; ``convolution`` and ``engine`` count as such), of pairs (``upsample.triton``), or ``all``. The
+reference cannot be switched off. Any other name is an error, since whoever mistyped one would measure, or trust, what
+was to be off.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from . import _verdict
 # Tried in this order. On a CPU, Triton only has its interpreter: for tests that ask for it by name.
 ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 IMPLEMENTATIONS = ("reference", "triton", "cuda", "cpu")
-OPERATIONS = ("upsample", "spatial_gate", "channel_gate", "batch_norm_relu", "engine")
+OPERATIONS = ("upsample", "spatial_gate", "channel_gate", "batch_norm_relu", "convolution", "engine")
 _MODULES = {"reference": "reference", "triton": "triton_impl", "cuda": "native_impl", "cpu": "native_impl"}
 _forced: str | None = None  # a plain global: autograd runs CUDA backwards on another thread, which sees no ContextVar
 

@@ -1,0 +1,85 @@
+"""Winograd's algorithm F(4x4, 3x3) as ``csrc/winograd.h`` has it, and the gradient of weights by its adjoint on a CPU.
+
+Where channels come last, stock PyTorch takes a multiple of the time for that gradient, and rounds more: it is a sum
+over all pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ops._backend import disabled
+
+# 3 rows of a kernel to 6 points: G of F(4x4, 3x3) in arXiv 1509.09308, for the points of csrc/winograd.h
+A2, B2 = (A := 0.625) ** 2, (B := 1.375) ** 2
+KERNEL_TO_POINTS = torch.tensor(
+    [
+        [1 / (A2 * B2), 0, 0],
+        *([1 / n, p / n, p * p / n] for p, n in ((A, 2 * A2 * (A2 - B2)), (-A, 2 * A2 * (A2 - B2)))),
+        *([1 / n, p / n, p * p / n] for p, n in ((B, 2 * B2 * (B2 - A2)), (-B, 2 * B2 * (B2 - A2)))),
+        [0, 0, 1],
+    ],
+    dtype=torch.float64,
+)
+TILES = 24  # that are transformed at once
+LEAST = 64  # tiles of a batch from which on this is faster than stock PyTorch
+PART = 192  # tiles of a part of the sums, of which there are as many as fit into MOST_BYTES and no more than MOST_PARTS
+MOST_PARTS, MOST_BYTES = 64, 2**27
+
+
+def why_not_here() -> str | None:
+    """Why ``weight_gradient`` runs on no tensor of this machine, or None."""
+    if (off := disabled("convolution", "cpu")) is not None:
+        return off
+    try:
+        from . import _C  # noqa: F401
+    except ImportError as error:
+        return f"cannot be loaded: {error}"
+    return None
+
+
+def why_not(dy: Tensor, x: Tensor) -> str | None:
+    """Why ``weight_gradient`` does not run on these tensors, or None where it does."""
+    if (reason := why_not_here()) is not None:
+        return reason
+    if torch.is_grad_enabled():
+        return "cannot be differentiated again"
+    for given in (dy, x):
+        if given.device.type != "cpu" or given.dtype != torch.float32:
+            return f"wants float32 on cpu, got {str(given.dtype)[6:]} on {given.device}"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "wants channels to come last"
+    if (count := _tiles(x)) < LEAST:
+        return f"is faster from {LEAST} tiles of 4x4 pixels on, got {count}"
+    return None
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the weights of a 3x3 convolution with a border of one zero: [D, C, 3, 3].
+
+    Its bits depend on no number of threads. ``dy`` is [N, D, H, W], ``x`` [N, C, H, W]; ``why_not`` must be None.
+    """
+    from . import _C
+
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    (n, channels, height, width), out = x.shape, dy.shape[1]
+    parts = min(-(-_tiles(x) // PART), MOST_PARTS, max(MOST_BYTES // (36 * channels * out * 4), 1))
+    sums = torch.empty(parts, 6, 6, channels, out)
+    source, gradient = ((t.data_ptr(), t.stride(0), t.stride(2), t.stride(3), t.shape[1]) for t in (x, dy))
+    _C.cpu.sum_weights(
+        size=(n, height, width),
+        tiles=TILES,
+        parts=parts,
+        source=source,
+        gradient=gradient,
+        sums=sums.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    kernel = KERNEL_TO_POINTS.float()
+    return torch.einsum("ai,bj,abcd->dcij", kernel, kernel, sums.sum(0))
+
+
+def _tiles(x: Tensor) -> int:
+    n, _, height, width = x.shape
+    return n * -(-height // 4) * -(-width // 4)
