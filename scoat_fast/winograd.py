@@ -65,7 +65,7 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     dy = dy.contiguous(memory_format=torch.channels_last)
     (n, channels, height, width), out = x.shape, dy.shape[1]
     parts = min(-(-_tiles(x) // PART), MOST_PARTS, max(MOST_BYTES // (36 * channels * out * 4), 1))
-    sums = torch.empty(parts, 6, 6, channels, out)
+    sums = torch.empty(parts, 6, 6 * channels * out)
     source, gradient = ((t.data_ptr(), t.stride(0), t.stride(2), t.stride(3), t.shape[1]) for t in (x, dy))
     _C.cpu.sum_weights(
         size=(n, height, width),
@@ -76,8 +76,9 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
         sums=sums.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    kernel = KERNEL_TO_POINTS.float()
-    return torch.einsum("ai,bj,abcd->dcij", kernel, kernel, sums.sum(0))
+    to_kernel = KERNEL_TO_POINTS.T.float()
+    rows = to_kernel @ sums.sum(0)  # and then columns: einsum would first turn all of it around
+    return (to_kernel @ rows.view(3, 6, -1)).view(3, 3, channels, out).permute(3, 2, 0, 1)
 
 
 def _tiles(x: Tensor) -> int:
