@@ -136,15 +136,15 @@ void define_steps(py::module_& module) {
       py::kw_only(), py::arg("size"), py::arg("tiles"), py::arg("source"), py::arg("classes"), py::arg("packed"),
       py::arg("logits"), py::arg("mask"), py::arg("threshold"), py::arg("threads"), Release());
   module.def(
-      "sum_weights",
+      "weight_gradient",
       [](const Size& size, int64_t tiles, int64_t parts, const Tensor& source, const Tensor& gradient, uintptr_t sums,
-         int threads) {
-        cpu::sum_weights(
-            {size[0], size[1], size[2], tiles, parts, features(source), features(gradient), pointer<float>(sums)},
-            threads);
+         uintptr_t out, int threads) {
+        cpu::weight_gradient({size[0], size[1], size[2], tiles, parts, features(source), features(gradient),
+                              pointer<float>(sums), pointer<float>(out)},
+                             threads);
       },
       py::kw_only(), py::arg("size"), py::arg("tiles"), py::arg("parts"), py::arg("source"), py::arg("gradient"),
-      py::arg("sums"), py::arg("threads"), Release());
+      py::arg("sums"), py::arg("out"), py::arg("threads"), Release());
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// What the inference engine runs on a CPU, and training for the weights, in float32. Features are [N, H, W, C] with a channel step of 1.
+// What the inference engine runs on a CPU, and training for the weights, in float32. Features are [N, H, W, C] with a
+// channel step of 1.
 #pragma once
 
 #include <cstdint>
@@ -67,18 +68,18 @@ struct Output {
   const float* threshold;
 };
 
-// For training: what the gradient of the weights of a 3x3 convolution with zero padding is made of, by the adjoint of
-// the same algorithm. At each of 36 points, the sums over a part of the tiles, those of all slices one after the other,
-// of the products of inputs and gradients: [parts][36][channels of source][channels of gradient].
-struct WeightSums {
+// For training: the gradient of the weights of a 3x3 convolution with zero padding, by the adjoint of the same
+// algorithm. At each of 36 points, products of inputs and gradients are summed over parts of the tiles, those of all
+// slices one after the other: sums is room for [parts][36][channels of source][channels of gradient].
+struct WeightGradient {
   int64_t n, h, w, tiles, parts;  // `tiles` are transformed at once
   Features source, gradient;
-  float* sums;
+  float *sums, *out;  // out [3][3][channels of source][channels of gradient]
 };
 
 #define SCOAT_STEPS(apply)                                                                               \
   apply(convolve, Convolution) apply(project, Projection) apply(attend, Attention) apply(output, Output) \
-      apply(sum_weights, WeightSums)
+      apply(weight_gradient, WeightGradient)
 
 namespace cpu {
 #define SCOAT_DECLARE_STEP(name, Step) void name(const Step&, int threads);

@@ -21,6 +21,16 @@ inline void transform_gradient(const Lanes d[4], Lanes out[6]) {
   out[5] = d[3];
 }
 
+// One dimension of G^T m.
+inline void transform_weights(const Lanes m[6], Lanes out[3]) {
+  constexpr float FIRST = 1.0f / (2.0f * A2 * (A2 - B2)), SECOND = 1.0f / (2.0f * B2 * (B2 - A2));
+  const Lanes a = FIRST * (m[1] + m[2]), b = FIRST * (m[1] - m[2]);
+  const Lanes c = SECOND * (m[3] + m[4]), d = SECOND * (m[3] - m[4]);
+  out[0] = (1.0f / (A2 * B2)) * m[0] + a + c;
+  out[1] = A * b + B * d;
+  out[2] = A2 * a + (B2 * c + m[5]);
+}
+
 // points [36][rows, padded] = the transformed gradients of tiles from `first` on.
 void transform_gradients(const Features& gradient, int64_t in, const Tiles& tiles, int64_t first, int64_t count,
                          float* points) {
@@ -80,7 +90,7 @@ inline void multiply_across(const float* __restrict a, int64_t depth, const floa
 
 }  // namespace
 
-void sum_weights(const WeightSums& a, int threads) {
+void weight_gradient(const WeightGradient& a, int threads) {
   const Tiles tiles(a.h, a.w);
   const int64_t channels = a.source.channels, out = a.gradient.channels, padded = padded_channels(out);
   const int64_t chunks = ceil_div(channels, DEPTH), all = a.n * tiles.count;
@@ -119,6 +129,25 @@ void sum_weights(const WeightSums& a, int threads) {
         for (int64_t row = 0; row < chunk.count; ++row)
           std::copy_n(sums + (point * rows + row) * padded, out,
                       a.sums + ((part * POINTS + point) * channels + start + row) * out);
+    }
+    const int64_t count = channels * out;  // of a point
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < ceil_div(count, LANES); ++item) {
+      const int64_t first = item * LANES;
+      Lanes half[3][6];  // transformed along columns: [row][point]
+      for (int j = 0; j < 6; ++j) {
+        Lanes m[6] = {}, done[3];
+        for (int64_t part = 0; part < a.parts; ++part)
+          for (int i = 0; i < 6; ++i)
+            m[i] += load_some(a.sums + (part * POINTS + i * 6 + j) * count + first, count - first);
+        transform_weights(m, done);
+        for (int i = 0; i < 3; ++i) half[i][j] = done[i];
+      }
+      for (int i = 0; i < 3; ++i) {
+        Lanes done[3];
+        transform_weights(half[i], done);
+        for (int j = 0; j < 3; ++j) store_some(done[j], a.out + (i * 3 + j) * count + first, count - first);
+      }
     }
   }
 }

@@ -1,4 +1,4 @@
-"""Winograd's algorithm F(4x4, 3x3) as ``csrc/winograd.h`` has it, and the gradient of weights by its adjoint on a CPU.
+"""The gradient of 3x3 weights on a CPU, by the adjoint of Winograd's algorithm: ``csrc/training_cpu.cpp``.
 
 Where channels come last, stock PyTorch takes a multiple of the time for that gradient, and rounds more: it is a sum
 over all pixels.
@@ -11,17 +11,6 @@ from torch import Tensor
 
 from .ops._backend import disabled
 
-# 3 rows of a kernel to 6 points: G of F(4x4, 3x3) in arXiv 1509.09308, for the points of csrc/winograd.h
-A2, B2 = (A := 0.625) ** 2, (B := 1.375) ** 2
-KERNEL_TO_POINTS = torch.tensor(
-    [
-        [1 / (A2 * B2), 0, 0],
-        *([1 / n, p / n, p * p / n] for p, n in ((A, 2 * A2 * (A2 - B2)), (-A, 2 * A2 * (A2 - B2)))),
-        *([1 / n, p / n, p * p / n] for p, n in ((B, 2 * B2 * (B2 - A2)), (-B, 2 * B2 * (B2 - A2)))),
-        [0, 0, 1],
-    ],
-    dtype=torch.float64,
-)
 TILES = 24  # that are transformed at once
 LEAST = 64  # tiles of a batch from which on this is faster than stock PyTorch
 PART = 192  # tiles of a part of the sums, of which there are as many as fit into MOST_BYTES and no more than MOST_PARTS
@@ -65,20 +54,19 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     dy = dy.contiguous(memory_format=torch.channels_last)
     (n, channels, height, width), out = x.shape, dy.shape[1]
     parts = min(-(-_tiles(x) // PART), MOST_PARTS, max(MOST_BYTES // (36 * channels * out * 4), 1))
-    sums = torch.empty(parts, 6, 6 * channels * out)
+    sums, result = torch.empty(parts, 36, channels, out), torch.empty(3, 3, channels, out)
     source, gradient = ((t.data_ptr(), t.stride(0), t.stride(2), t.stride(3), t.shape[1]) for t in (x, dy))
-    _C.cpu.sum_weights(
+    _C.cpu.weight_gradient(
         size=(n, height, width),
         tiles=TILES,
         parts=parts,
         source=source,
         gradient=gradient,
         sums=sums.data_ptr(),
+        out=result.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    to_kernel = KERNEL_TO_POINTS.T.float()
-    rows = to_kernel @ sums.sum(0)  # and then columns: einsum would first turn all of it around
-    return (to_kernel @ rows.view(3, 6, -1)).view(3, 3, channels, out).permute(3, 2, 0, 1)
+    return result.permute(3, 2, 0, 1)
 
 
 def _tiles(x: Tensor) -> int:

@@ -10,13 +10,23 @@ from torch import Tensor
 
 from .. import _C  # an ImportError here is the reason that is printed
 from ..ops import _native
-from ..winograd import KERNEL_TO_POINTS
 from . import reference
 from .pack import Weights
 from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
 
 View = Callable[[Slice], Tensor]
 LANES = _C.cpu.panel() // 2
+# 3 rows of a kernel to 6 points: G of F(4x4, 3x3) in arXiv 1509.09308, for the points of csrc/winograd.h
+A2, B2 = (A := 0.625) ** 2, (B := 1.375) ** 2
+KERNEL_TO_POINTS = torch.tensor(
+    [
+        [1 / (A2 * B2), 0, 0],
+        *([1 / n, p / n, p * p / n] for p, n in ((A, 2 * A2 * (A2 - B2)), (-A, 2 * A2 * (A2 - B2)))),
+        *([1 / n, p / n, p * p / n] for p, n in ((B, 2 * B2 * (B2 - A2)), (-B, 2 * B2 * (B2 - A2)))),
+        [0, 0, 1],
+    ],
+    dtype=torch.float64,
+)
 TILES, DEEP_TILES = 24, 72  # in a work item; more where the weights are many, so that they are read less often
 DEEP = 256  # output channels from which on that is so
 
