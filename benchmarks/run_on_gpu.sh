@@ -50,21 +50,21 @@ case $part in
       way=$([ $planes = True ] && echo planes || echo swizzled)  # the latter in three dtypes, the former in one
       tests() { timeout -k 10 "$1" python3 -m pytest --tb=short -p no:cacheprovider tests/test_engine_hopper.py \
         -k "$2 and $way" >>"$out/hopper_$way.log" 2>&1; }
-      tests 60 "test_every_step_on_a_gpu and form0 and bfloat16" && tests $([ $planes = True ] && echo 80 || echo 160) gpu
+      tests 60 "test_every_step_on_a_gpu and form0 and bfloat16" && tests $([ $planes = True ] && echo 70 || echo 150) gpu
       code=$?
       tail -n 15 "$out/hopper_$way.log"
       [ $code = 0 ] || { echo "$way: exit code $code, not timed" && continue; }
-      timeout -k 10 100 python3 -c "
+      timeout -k 10 90 python3 -c "
 import sys
 from scoat_fast import cli
 from scoat_fast.engine import sm90a
 sm90a.planes = $planes
 sys.exit(cli.main(sys.argv[1:]))" bench model --width 32 --batch 32 --seconds 0.5 --details \
         --commit "$commit" -o "$out/hopper_$way.json" >>"$out/hopper_$way.log" 2>&1
-      grep -E 'engine (triton|sm90a) b|no time' "$out/hopper_$way.log"
+      grep -E 'engine (triton|sm90a) [bf]|no time' "$out/hopper_$way.log"
     done
     # what limits the kernels, where counters may be read
-    ! command -v ncu >/dev/null || timeout -k 10 120 ncu --clock-control none --section SpeedOfLight \
+    ! command -v ncu >/dev/null || timeout -k 10 60 ncu --clock-control none --section SpeedOfLight \
       --section WarpStateStats -k regex:convolve_tiles -c 20 python3 -c "
 import scoat_fast, torch
 net = scoat_fast.SCOATNet().cuda()

@@ -57,8 +57,8 @@ def assert_steps_as_accurate(form, shape, dtype, device):
         if isinstance(outcome.step, plan.Convolve) and outcome.slice == outcome.step.out:
             upsampled += outcome.step.below is not None
             gated += outcome.step.attention is not None
-    # of nodes with a shortcut and a kernel for their channels
-    assert upsampled - gated == (0 if form.get("block") else 4) and gated >= 5
+    assert upsampled - gated == (0 if form.get("block") else 4)  # of nodes with a shortcut
+    assert gated == {16: 6, 32: 5, 64: 3}[form["width"]]  # and a kernel for their channels
 
 
 @pytest.mark.parametrize(("form", "shape", "dtype", "planes"), [
@@ -269,6 +269,13 @@ def test_what_it_refuses(on_a_cpu, monkeypatch):
     assert "gives 16 channels, and there are kernels for 32, 64 and 128" in reasons
     first = plan.build(SCOATNet(in_channels=32)).steps[0]
     assert sm90a.why_triton(first, torch.bfloat16) == "takes what the network is given"
+
+
+@pytest.mark.parametrize(("width", "gated"), [(16, 6), (32, 5), (64, 3)])
+def test_plans_gate_in_convolutions_that_have_a_kernel(width, gated, on_a_cpu):
+    steps = plan.build(SCOATNet(width=width), upsamples=partial(sm90a.upsamples, dtype=torch.bfloat16)).steps
+    assert sum(isinstance(step, plan.Convolve) and step.attention is not None for step in steps) == gated
+    assert sum(isinstance(step, plan.Gate) and step.out is not None for step in steps) == 6 - gated
 
 
 def test_a_step_is_named_with_its_tile_or_with_why_it_runs_in_triton(on_a_cpu):

@@ -80,8 +80,9 @@ def compile(
         net: in evaluation mode or not: the engine computes what evaluation mode gives. Hooks on it do not run.
         device: where the engine runs; the network's own by default.
         dtype: float64, float32, float16, bfloat16 or float8_e4m3fn; by default bfloat16 on GPUs that have it (float16
-            on older ones), float32 elsewhere. All sums are in float32, or float64. With float8 the input, the last
-            features and the attention maps are bfloat16.
+            on older ones), float32 elsewhere. All sums are in float32, or float64; of float8 in what tensor cores have
+            for it, which on Hopper is less. With float8 the input, the last features and the attention maps are
+            bfloat16.
         backend: "triton", "sm90a", "cpu" or "reference"; by default the fastest that runs here, and on a GPU only
             after its logits for one slice were found near those of "reference". "sm90a", whose convolutions are of
             Hopper alone, runs where it is asked for: it has not been measured yet.
