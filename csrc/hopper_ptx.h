@@ -130,11 +130,35 @@ __device__ __forceinline__ float2 numbers_of(uint32_t pair) {
   return {to_float(T{uint16_t(pair)}), to_float(T{uint16_t(pair >> 16)})};
 }
 
-template <>
-__device__ __forceinline__ float2 numbers_of<E4M3>(uint32_t pair) {
+// A pair of E4M3 as halves, and back.
+__device__ __forceinline__ uint32_t halves_of(uint32_t pair) {
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(pair)));
-  return numbers_of<Half>(halves);
+  return halves;
+}
+
+__device__ __forceinline__ uint32_t pair_of_halves(uint32_t halves) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(pair) : "r"(halves));
+  return pair;
+}
+
+template <>
+__device__ __forceinline__ float2 numbers_of<E4M3>(uint32_t pair) {
+  return numbers_of<Half>(halves_of(pair));
+}
+
+// a * b, and sum + a * b, for pairs of halves.
+__device__ __forceinline__ uint32_t multiply_halves(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t add_product(uint32_t sum, uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(sum));
+  return result;
 }
 
 // The larger; NaN where one is NaN.

@@ -166,6 +166,24 @@ inline float2 numbers_of<E4M3>(uint32_t pair) {
   return {to_float(E4M3{uint8_t(pair)}), to_float(E4M3{uint8_t(pair >> 8)})};
 }
 
+inline uint32_t halves_of(uint32_t pair) {
+  const float2 both = numbers_of<E4M3>(pair);
+  return scoat::hopper::pair<Half>(both.x, both.y);
+}
+inline uint32_t pair_of_halves(uint32_t halves) {
+  const float2 both = numbers_of<Half>(halves);
+  return pair<E4M3>(both.x, both.y);
+}
+// A product of two halves is a float, and of a sum with one the second rounding is as good as never seen.
+inline uint32_t multiply_halves(uint32_t a, uint32_t b) {
+  const float2 left = numbers_of<Half>(a), right = numbers_of<Half>(b);
+  return pair<Half>(left.x * right.x, left.y * right.y);
+}
+inline uint32_t add_product(uint32_t sum, uint32_t a, uint32_t b) {
+  const float2 left = numbers_of<Half>(a), right = numbers_of<Half>(b), more = numbers_of<Half>(sum);
+  return pair<Half>(left.x * right.x + more.x, left.y * right.y + more.y);
+}
+
 inline float maximum(float a, float b) { return std::isnan(a) ? a : std::isnan(b) ? b : std::max(a, b); }
 
 // A row of 32 bytes of the matrix of a descriptor.
