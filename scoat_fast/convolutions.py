@@ -26,7 +26,7 @@ def convolution(x: Tensor, spatial: nn.Module) -> Tensor:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return spatial(x)
-    if x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last) or not _is_plain(spatial, 3):
+    if why_not(x) is not None or not _is_plain(spatial, 3):
         return spatial(x)
     return _Convolution.apply(x, spatial.weight, spatial.bias)
 
@@ -65,10 +65,11 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x, *wanted = ctx.needs_input_grad
-        dx = F.conv_transpose2d(dy, weight, padding=1) if of_x else None
-        return dx, *_of_weights(dy, x, weight, wanted)
+        with torch.autocast(dy.device.type, enabled=False):
+            x, weight = ctx.saved_tensors
+            of_x, *wanted = ctx.needs_input_grad
+            dx = F.conv_transpose2d(dy, weight, padding=1) if of_x else None
+            return dx, *_of_weights(dy, x, weight, wanted)
 
 
 class _TwoConvolutions(torch.autograd.Function):
@@ -98,7 +99,9 @@ class _TwoConvolutions(torch.autograd.Function):
 
 def _of_weights(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
     """The gradients of the weight and the bias of a convolution that keeps height and width."""
-    if weight.shape[2] == 3 and wanted[0] and why_not(dy, x) is None:
+    # that of weights cannot be differentiated again, for which gradients are enabled here
+    ours = weight.shape[2] == 3 and wanted[0] and not torch.is_grad_enabled() and type(dy) is Tensor
+    if ours and dy.dtype == torch.float32 and why_not(x) is None:
         return [torch.empty_like(weight).copy_(weight_gradient(dy, x)), dy.sum((0, 2, 3)) if wanted[1] else None]
     padding = [side // 2 for side in weight.shape[2:]]
     _, *grads = torch.ops.aten.convolution_backward(

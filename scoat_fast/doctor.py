@@ -85,7 +85,7 @@ def _examine_convolution(device: str) -> Finding:
         for channels in (19, 21)
     )
     with torch.no_grad():
-        if (refusal := winograd.why_not(dy, x)) is not None:
+        if (refusal := winograd.why_not(x)) is not None:
             return Finding(*what, "not here", reason=refusal)
         exact, stock = (
             torch.nn.grad.conv2d_weight(x.to(dtype), (21, 19, 3, 3), dy.to(dtype), padding=1).double()

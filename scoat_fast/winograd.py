@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .ops._backend import disabled
 
 TILES = 24  # that are transformed at once
-LEAST = 64  # tiles of a batch from which on this is faster than stock PyTorch
-PART = 192  # tiles of a part of the sums, of which there are as many as fit into MOST_BYTES and no more than MOST_PARTS
-MOST_PARTS, MOST_BYTES = 64, 2**27
+# Channels of the input and tiles of a batch from which on this is faster than stock PyTorch.
+LEAST_CHANNELS, LEAST_TILES = 8, 64
+PART = 96  # tiles of a part of the sums, of which there are as many as fit into MOST_BYTES and no more than MOST_PARTS
+MOST_PARTS, MOST_BYTES = 64, 2**26
 
 
 def why_not_here() -> str | None:
@@ -22,39 +24,47 @@ def why_not_here() -> str | None:
     if (off := disabled("convolution", "cpu")) is not None:
         return off
     try:
-        from . import _C  # noqa: F401
+        from . import _C
     except ImportError as error:
         return f"cannot be loaded: {error}"
-    return None
+    return None if hasattr(_C.cpu, "weight_gradient") else "is not in the extension, which was built before"
 
 
-def why_not(dy: Tensor, x: Tensor) -> str | None:
-    """Why ``weight_gradient`` does not run on these tensors, or None where it does."""
+def why_not(x: Tensor) -> str | None:
+    """Why ``weight_gradient`` does not run for an input, or None where it does."""
     if (reason := why_not_here()) is not None:
         return reason
-    if torch.is_grad_enabled():
-        return "cannot be differentiated again"
-    for given in (dy, x):
-        if given.device.type != "cpu" or given.dtype != torch.float32:
-            return f"wants float32 on cpu, got {str(given.dtype)[6:]} on {given.device}"
+    # it reads memory, and so nothing that stands for a tensor, records what is done to one or differentiates forwards
+    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return "wants a plain tensor"
+    if forward_ad._current_level >= 0:
+        return "has no forward derivative"
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"wants float32 on cpu, got {str(x.dtype)[6:]} on {x.device}"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "wants channels to come last"
-    if (count := _tiles(x)) < LEAST:
-        return f"is faster from {LEAST} tiles of 4x4 pixels on, got {count}"
+    if x.shape[1] < LEAST_CHANNELS:
+        return f"is faster from {LEAST_CHANNELS} channels on, got {x.shape[1]}"
+    if (count := _tiles(x)) < LEAST_TILES:
+        return f"is faster from {LEAST_TILES} tiles of 4x4 pixels on, got {count}"
     return None
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient of the weights of a 3x3 convolution with a border of one zero: [D, C, 3, 3].
 
-    Its bits depend on no number of threads. ``dy`` is [N, D, H, W], ``x`` [N, C, H, W]; ``why_not`` must be None.
+    Its bits depend on no number of threads. ``dy`` is [N, D, H, W] and ``x`` [N, C, H, W], plain float32 tensors on a
+    CPU, ``x`` with channels last.
     """
     from . import _C
 
     dy = dy.contiguous(memory_format=torch.channels_last)
     (n, channels, height, width), out = x.shape, dy.shape[1]
     parts = min(-(-_tiles(x) // PART), MOST_PARTS, max(MOST_BYTES // (36 * channels * out * 4), 1))
-    sums, result = torch.empty(parts, 36, channels, out), torch.empty(3, 3, channels, out)
+    sums, result = (
+        torch.empty(shape, dtype=torch.float32, device="cpu")
+        for shape in ((parts, 36, channels, out), (3, 3, channels, out))
+    )
     source, gradient = ((t.data_ptr(), t.stride(0), t.stride(2), t.stride(3), t.shape[1]) for t in (x, dy))
     _C.cpu.weight_gradient(
         size=(n, height, width),

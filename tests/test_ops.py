@@ -160,6 +160,21 @@ def test_autocast_casts_as_for_convolutions(op, dtype):
 
 
 @pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_gradients_of_what_ran_before_autocast(op):
+    """Within it, they are computed in the dtypes of the forward pass, as those of stock modules."""
+    for sample in op.samples("tiny", torch.float32, DEVICE):
+        leaves = [x.detach().requires_grad_() for x in tensors_of(sample.args)]
+        rest = iter(leaves)
+        output = op.function(*map_tensors(sample.args, lambda x, rest=rest: next(rest)))
+        loss = (output[0] if isinstance(output, tuple) else output).square().sum()
+        expected = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for ours, one in zip(found, expected, strict=True):
+            assert (ours is None and one is None) or torch.equal(ours, one), sample.name
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
 def test_doubles_stay_doubles_under_autocast(op):
     for sample in op.samples("tiny", torch.float64, DEVICE):
         with torch.autocast(DEVICE, torch.bfloat16):

@@ -9,8 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
-from scoat_fast import winograd
+from scoat_fast import SCOATNet, winograd
 from scoat_fast.convolutions import convolution, two_convolutions
 from scoat_fast.ops import parity
 
@@ -65,17 +69,38 @@ def test_nan_stays_nan(which):
 
 
 def test_what_it_refuses(monkeypatch):
-    dy, x = made(1, 3, 2, 32, 32)
-    assert winograd.why_not(dy, x) == "cannot be differentiated again"
-    with torch.no_grad():
-        assert winograd.why_not(dy, x) is None
-        assert winograd.why_not(dy.double(), x) == "wants float32 on cpu, got float64 on cpu"
-        assert winograd.why_not(dy, x.to("meta")) == "wants float32 on cpu, got float32 on meta"
-        assert winograd.why_not(dy, x.contiguous()) == "wants channels to come last"
-        assert torch.equal(winograd.weight_gradient(dy.contiguous(), x), winograd.weight_gradient(dy, x))
-        assert "got 49" in winograd.why_not(dy[..., :28, :28].clone(), x[..., :28, :28].clone())
-        monkeypatch.setenv("SCOAT_FAST_DISABLE", "convolution.cpu")
-        assert "SCOAT_FAST_DISABLE" in winograd.why_not(dy, x)
+    _, x = made(1, 8, 2, 32, 32)
+    assert winograd.why_not(x) is None
+    assert winograd.why_not(x.double()) == "wants float32 on cpu, got float64 on cpu"
+    assert winograd.why_not(x.to("meta")) == "wants float32 on cpu, got float32 on meta"
+    assert winograd.why_not(x.contiguous()) == "wants channels to come last"
+    assert winograd.why_not(nn.Parameter(x)) == "wants a plain tensor"
+    with FlopCounterMode(display=False):
+        assert winograd.why_not(x) == "wants a plain tensor"
+    with forward_ad.dual_level():
+        assert winograd.why_not(x) == "has no forward derivative"
+    assert "from 8 channels on, got 7" in winograd.why_not(made(1, 7, 2, 32, 32)[1])
+    assert "got 49" in winograd.why_not(made(1, 8, 2, 28, 28)[1])
+    monkeypatch.setenv("SCOAT_FAST_DISABLE", "convolution.cpu")
+    assert "SCOAT_FAST_DISABLE" in winograd.why_not(x)
+
+
+def test_an_extension_of_an_earlier_build_is_refused(monkeypatch):
+    from scoat_fast import _C
+
+    monkeypatch.delattr(_C.cpu, "weight_gradient")
+    assert "was built before" in winograd.why_not_here()
+
+
+def test_another_default_dtype_and_layout_change_nothing():
+    dy, x = made(1, 8, 2, 32, 32)
+    once = winograd.weight_gradient(dy, x)
+    assert torch.equal(winograd.weight_gradient(dy.contiguous(), x), once)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(winograd.weight_gradient(dy, x), once)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -95,8 +120,8 @@ def calls(monkeypatch) -> list:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_convolutions_take_it_where_channels_come_last(layout, frozen, calls):
     torch.manual_seed(4)
-    spatial, pointwise = (nn.Conv2d(5, 3, side, padding=side // 2).to(memory_format=layout) for side in (3, 1))
-    x = torch.randn(2, 5, 30, 31).contiguous(memory_format=layout)
+    spatial, pointwise = (nn.Conv2d(9, 3, side, padding=side // 2).to(memory_format=layout) for side in (3, 1))
+    x = torch.randn(2, 9, 30, 31).contiguous(memory_format=layout)
     leaves = {"x": x, "weight": spatial.weight, "bias": spatial.bias}
     for name, leaf in leaves.items():
         leaf.requires_grad_(name != frozen)
@@ -117,8 +142,8 @@ def test_convolutions_take_it_where_channels_come_last(layout, frozen, calls):
 
 def test_gradients_of_gradients():
     torch.manual_seed(4)
-    spatial = nn.Conv2d(2, 3, 3, padding=1)
-    x = torch.randn(1, 2, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    spatial = nn.Conv2d(8, 3, 3, padding=1)
+    x = torch.randn(1, 8, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def twice(run):
         (once,) = torch.autograd.grad(run(x).square().sum(), spatial.weight, create_graph=True)
@@ -128,13 +153,51 @@ def test_gradients_of_gradients():
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+def test_backwards_within_autocast(calls):
+    torch.manual_seed(4)
+    spatial = nn.Conv2d(8, 3, 3, padding=1)
+    x = torch.randn(1, 8, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected = torch.autograd.grad(spatial(x).square().sum(), (x, spatial.weight))
+    y = convolution(x, spatial).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, (x, spatial.weight))
+    for ours, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, one, rtol=1e-4, atol=1e-5 * one.abs().max().item())
+    assert len(calls) == 1
+
+
+def test_what_stands_for_a_tensor_runs_in_stock_pytorch(calls):
+    spatial = nn.Conv2d(8, 3, 3, padding=1)
+    x = torch.randn(1, 8, 32, 32).contiguous(memory_format=torch.channels_last)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        convolution(mode.from_tensor(x).requires_grad_(), spatial).sum().backward()
+    for each in torch.func.vmap(torch.func.grad(lambda x: convolution(x, spatial).square().sum()))(x[None]):
+        assert each.shape == x.shape
+    traced = make_fx(lambda x, w: torch.autograd.grad(convolution(x, spatial).square().sum(), spatial.weight))(x, x)
+    (found,) = traced(x, x)
+    (expected,) = torch.autograd.grad(spatial(x).square().sum(), spatial.weight)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not calls
+
+
 def test_a_convolution_that_is_more_than_its_weight_is_called():
-    x = torch.randn(1, 2, 32, 32).contiguous(memory_format=torch.channels_last)
-    spatial = nn.Conv2d(2, 3, 3, padding=1)
+    x = torch.randn(1, 8, 32, 32).contiguous(memory_format=torch.channels_last)
+    spatial = nn.Conv2d(8, 3, 3, padding=1)
     spatial.register_forward_hook(lambda module, given, y: 2 * y)
     assert torch.equal(convolution(x, spatial), 2 * F.conv2d(x, spatial.weight, spatial.bias, padding=1))
-    reflecting = nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")
+    reflecting = nn.Conv2d(8, 3, 3, padding=1, padding_mode="reflect")
     assert torch.equal(convolution(x, reflecting), reflecting(x))
+
+
+def test_training_on_a_cpu_puts_channels_last_where_that_is_faster(monkeypatch):
+    from scoat_fast.train.trainer import _fastest_layout
+
+    cpu, stock = torch.device("cpu"), nn.Sequential(nn.Conv2d(8, 3, 3, padding=1))
+    assert _fastest_layout(SCOATNet(width=3), cpu) == torch.channels_last
+    assert _fastest_layout(stock, cpu) == torch.contiguous_format
+    assert _fastest_layout(stock, torch.device("cuda")) == torch.channels_last
+    monkeypatch.setenv("SCOAT_FAST_DISABLE", "convolution")
+    assert _fastest_layout(SCOATNet(width=3), cpu) == torch.contiguous_format
 
 
 @pytest.mark.parametrize("isa", ["avx2", "base"])

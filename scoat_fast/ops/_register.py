@@ -68,7 +68,8 @@ def register(
         return outputs(*args)
 
     def run_backward(*args):
-        return choose(name, *args).backward(*args)
+        with torch.autocast(args[0].device.type, enabled=False):  # dtypes are those of the forward pass
+            return choose(name, *args).backward(*args)
 
     for op, its_schema, run, its_fake in (
         (name, schema, forward, fake),
