@@ -100,7 +100,7 @@ class _TwoConvolutions(torch.autograd.Function):
 def _of_weights(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
     """The gradients of the weight and the bias of a convolution that keeps height and width."""
     # that of weights cannot be differentiated again, for which gradients are enabled here
-    ours = weight.shape[2] == 3 and wanted[0] and not torch.is_grad_enabled() and type(dy) is Tensor
+    ours = weight.shape[2] == 3 and wanted[0] and not torch.is_grad_enabled()
     if ours and dy.dtype == torch.float32 and why_not(x) is None:
         return [torch.empty_like(weight).copy_(weight_gradient(dy, x)), dy.sum((0, 2, 3)) if wanted[1] else None]
     padding = [side // 2 for side in weight.shape[2:]]

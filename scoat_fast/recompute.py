@@ -46,7 +46,8 @@ def _recomputing():
 
 def forget(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``result``, which ``make(*inputs)`` gives again, bit for bit; ``make`` then runs without gradients."""
-    if not torch.compiler.is_compiling():
+    plain = type(result).__torch_dispatch__ is Tensor.__torch_dispatch__  # else it only stands for a tensor
+    if plain and not torch.compiler.is_compiling():
         recipes = getattr(_local, "recipes", None)
         if recipes is not None:
             place = _place(result)

@@ -35,7 +35,8 @@ def why_not(x: Tensor) -> str | None:
     if (reason := why_not_here()) is not None:
         return reason
     # it reads memory, and so nothing that stands for a tensor, records what is done to one or differentiates forwards
-    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    if not plain or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return "wants a plain tensor"
     if forward_ad._current_level >= 0:
         return "has no forward derivative"

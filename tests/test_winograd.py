@@ -74,7 +74,7 @@ def test_what_it_refuses(monkeypatch):
     assert winograd.why_not(x.double()) == "wants float32 on cpu, got float64 on cpu"
     assert winograd.why_not(x.to("meta")) == "wants float32 on cpu, got float32 on meta"
     assert winograd.why_not(x.contiguous()) == "wants channels to come last"
-    assert winograd.why_not(nn.Parameter(x)) == "wants a plain tensor"
+    assert winograd.why_not(FakeTensorMode().from_tensor(x)) == "wants a plain tensor"
     with FlopCounterMode(display=False):
         assert winograd.why_not(x) == "wants a plain tensor"
     with forward_ad.dual_level():
