@@ -22,31 +22,6 @@ inline Lanes larger(const Lanes& a, const Lanes& b) { return (a > b) | (a != a) 
 
 inline int64_t panel_floats(int64_t in, int64_t out) { return ceil_div(out, PANEL) * PANEL * in; }
 
-// c [ROWS, VECTORS * LANES] (+)= a [ROWS, depth] b [depth, PANEL], where rows of a are DEPTH apart.
-template <int VECTORS>
-inline void multiply(const float* __restrict a, int64_t depth, const float* __restrict b, float* __restrict c,
-                     int64_t c_step, bool add) {
-  Lanes sums[ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) sums[i][v] = add ? load(c + i * c_step + v * LANES) : Lanes{};
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k) {
-    Lanes right[VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) right[v] = load(b + k * PANEL + v * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] += a[i * DEPTH + k] * right[v];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) store(sums[i][v], c + i * c_step + v * LANES);
-}
-
 // c [rows, padded] (+)= a [rows, depth] panels, for `rows` rounded up to ROWS. A panel has `channels` rows in all.
 inline void multiply_panels(const float* a, int64_t rows, int64_t depth, const float* panels, int64_t channels,
                             float* c, int64_t padded, bool add) {
@@ -56,9 +31,9 @@ inline void multiply_panels(const float* a, int64_t rows, int64_t depth, const f
     for (int64_t row = 0; row < rows; row += ROWS) {
       float* to = c + row * padded + block * PANEL;
       if (half)
-        multiply<1>(a + row * DEPTH, depth, b, to, padded, add);
+        multiply<1, DEPTH, 1>(a + row * DEPTH, depth, b, PANEL, to, padded, add);
       else
-        multiply<2>(a + row * DEPTH, depth, b, to, padded, add);
+        multiply<2, DEPTH, 1>(a + row * DEPTH, depth, b, PANEL, to, padded, add);
     }
   }
 }

@@ -63,31 +63,6 @@ void transform_gradients(const Features& gradient, int64_t in, const Tiles& tile
   }
 }
 
-// c [ROWS, VECTORS * LANES] += a [depth, ROWS]^T b [depth, VECTORS * LANES], where rows of a are DEPTH apart.
-template <int VECTORS>
-inline void multiply_across(const float* __restrict a, int64_t depth, const float* __restrict b, int64_t b_step,
-                            float* __restrict c, int64_t c_step) {
-  Lanes sums[ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) sums[i][v] = load(c + i * c_step + v * LANES);
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k) {
-    Lanes right[VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) right[v] = load(b + k * b_step + v * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] += a[k * DEPTH + i] * right[v];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) store(sums[i][v], c + i * c_step + v * LANES);
-}
-
 }  // namespace
 
 void weight_gradient(const WeightGradient& a, int threads) {
@@ -118,9 +93,9 @@ void weight_gradient(const WeightGradient& a, int threads) {
           for (int64_t row = 0; row < chunk.count; row += ROWS)
             for (int64_t c = 0; c < padded; c += PANEL) {
               if (c + LANES < padded)
-                multiply_across<2>(left + row, count, right + c, padded, to + row * padded + c, padded);
+                multiply<2, 1, DEPTH>(left + row, count, right + c, padded, to + row * padded + c, padded, true);
               else
-                multiply_across<1>(left + row, count, right + c, padded, to + row * padded + c, padded);
+                multiply<1, 1, DEPTH>(left + row, count, right + c, padded, to + row * padded + c, padded, true);
             }
         }
         done += count;

@@ -71,6 +71,32 @@ inline int64_t run_floats(int64_t tiles, int64_t channels) {
   return POINTS * (point_step(tiles, DEPTH) + point_step(tiles, padded_channels(channels)));
 }
 
+// c [ROWS, VECTORS * LANES] (+)= a [ROWS, depth] b [depth, VECTORS * LANES], where rows of a are ROW_STEP apart, and
+// its columns COLUMN_STEP.
+template <int VECTORS, int ROW_STEP, int COLUMN_STEP>
+inline void multiply(const float* __restrict a, int64_t depth, const float* __restrict b, int64_t b_step,
+                     float* __restrict c, int64_t c_step, bool add) {
+  Lanes sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) sums[i][v] = add ? load(c + i * c_step + v * LANES) : Lanes{};
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < depth; ++k) {
+    Lanes right[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) right[v] = load(b + k * b_step + v * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] += a[i * ROW_STEP + k * COLUMN_STEP] * right[v];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) store(sums[i][v], c + i * c_step + v * LANES);
+}
+
 // The points of the algorithm: 0, A, -A, B, -B and infinity. With 1 and 2, as in the paper, rounding is 2 to 3 times
 // what it is with these: their powers are more alike.
 constexpr float A = 0.625f, B = 1.375f, A2 = A * A, B2 = B * B;  // exact in float32
