@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import importlib.util
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these networks are too small for more to help
@@ -37,6 +39,32 @@ def empty_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Triton's interpreter in a third of its time.
+
+    It patches the language anew whenever one function calls another, although it is patched while a kernel runs, and
+    checks every sum of integers for an overflow that images as small as the tests' cannot reach.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    builder, patched = interpreter.interpreter_builder, set()
+
+    def call(self, *arguments, **named):
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
