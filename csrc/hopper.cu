@@ -40,14 +40,14 @@ static_assert(GROUPS * REGISTERS + LEFT_REGISTERS <= (GROUPS + 1) * (65536 / THR
 // A matrix product multiplies 32 bytes of channels: those of 64 pixels of a row, with those of JOINED slots, for as
 // many rows of output: row i of the tile's rows and border meets slot JOINED + 1 - i and those after it. Slots of zeros
 // stand for vertical taps that there are not.
-template <typename T_, int CHANNELS_, bool SHORTCUT_, bool PLANES, bool WIDE>
+template <typename T_, int CHANNELS_, bool SHORTCUT_, bool PLANES, bool WIDE, bool TAPPED_ = false>
 struct Form {
   using T = T_;
   using Wide = typename Wider<T>::Type;
   using Out = std::conditional_t<WIDE && !SHORTCUT_, Wide, T>;
   using ShortcutOut = std::conditional_t<WIDE, Wide, T>;
   static constexpr int CHANNELS = CHANNELS_, SIZE = sizeof(T);
-  static constexpr bool SHORTCUT = SHORTCUT_;
+  static constexpr bool SHORTCUT = SHORTCUT_, TAPPED = TAPPED_;
   static constexpr Cut CUT = cut_of(CHANNELS, SHORTCUT);
   static constexpr int ROWS = CUT.rows(), JOINED = CUT.joined(), DEPTH = CUT.depth;
   static constexpr int HEIGHT = CUT.height + 2, STEPS = DEPTH * SIZE / 32, SPAN = PLANES ? 16 : DEPTH * SIZE;
@@ -77,7 +77,8 @@ struct Parameters {
   int h, w, across, down;
   int64_t tiles;
   Weights weights, shortcut;
-  Features out, pooled, shortcut_out;
+  Features out, pooled, shortcut_out, residual, taps;
+  const void* tap_weights;
   const void* attention;
   float* sums;
   int64_t sum_channels;
@@ -229,18 +230,19 @@ __device__ __forceinline__ void begin(float* values, const float* bias) {
   });
 }
 
-// What `out` holds where a thread will store 16 bytes of a row of output; zeros outside.
+// The residual of the 16 bytes of a row of output that a thread will store; zeros outside.
 template <typename S, typename F>
-__device__ __forceinline__ uint4 held_at(const Features& out, int quad, int64_t n, int y, int x, int h, int w) {
+__device__ __forceinline__ uint4 held_at(const Features& residual, int quad, int64_t n, int y, int x, int h, int w) {
   using W = Words<S, F>;
   const Lane lane;
   const int mine = 4 * quad + lane.q, column = x + W::pixel_of(lane, mine);
   if (y >= h || column >= w) return make_uint4(0, 0, 0, 0);
-  return *reinterpret_cast<const uint4*>(place<S>(out, n, y, column, W::channel_of(mine)));
+  return *reinterpret_cast<const uint4*>(place<S>(residual, n, y, column, W::channel_of(mine)));
 }
 
-// Ends a quad of the values of one row of output: adds the residual, stores, and leaves them as floats.
-template <typename S, typename F>
+// Ends a quad of the values of one row of output: adds the residual, stores them where that is wanted, and leaves them
+// as floats.
+template <typename S, typename F, bool STORED>
 __device__ __forceinline__ void finish(float* values, int quad, const uint4& residual, bool before, bool after,
                                        const Features& out, bool relu, int64_t n, int y, int x, int h, int w) {
   using W = Words<S, F>;
@@ -261,8 +263,33 @@ __device__ __forceinline__ void finish(float* values, int quad, const uint4& res
       words[m] |= pair<S>(value[0], value[1]) << 16 * j;
     });
   });
-  const uint4 bytes = W::join(words, lane.q);
-  if (y < h && column < w) *reinterpret_cast<uint4*>(place<S>(out, n, y, column, W::channel_of(mine))) = bytes;
+  if constexpr (STORED) {
+    const uint4 bytes = W::join(words, lane.q);
+    if (y < h && column < w) *reinterpret_cast<uint4*>(place<S>(out, n, y, column, W::channel_of(mine))) = bytes;
+  }
+}
+
+// Stores the products of a row of output with the taps of a head: as its values lie, they are the left matrices.
+template <typename F>
+__device__ __forceinline__ void multiply_taps(const float* values, const Features& out, const void* weights, int64_t n,
+                                              int y, int x, int h, int w) {
+  using S = typename F::Wide;
+  const Lane lane;
+  const uint2* const mine = static_cast<const uint2*>(weights) + threadIdx.x % 32;
+  float products[2][4] = {};
+  unrolled<F::CHANNELS / 16>([&](auto step) {
+    uint32_t left[4];
+    unrolled<4>([&](auto i) { left[i] = pair<S>(values[8 * step + 2 * i], values[8 * step + 2 * i + 1]); });
+    unrolled<2>([&](auto block) { multiply_warp<S>(products[block], left, mine[(2 * step + block) * 32]); });
+  });
+  unrolled<2>([&](auto block) {
+    unrolled<2>([&](auto half) {
+      const int channel = 8 * block + 2 * lane.q, column = x + lane.pixel + 8 * half;
+      if (channel < TAPS && y < h && column < w)
+        *reinterpret_cast<uint32_t*>(place<S>(out, n, y, column, channel)) =
+            pair<S>(products[block][2 * half], products[block][2 * half + 1]);
+    });
+  });
 }
 
 // Stores the maxima of 2x2 pixels of two rows of output.
@@ -568,7 +595,8 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
   if (group == 1) synchronise(LATER, 32 * WARPS);  // so that one multiplies while the other stores
   Ring<F::STAGES> stage(0);
   using Out = typename F::Out;
-  constexpr int QUADS = Words<Out, F>::QUADS, AHEAD = 8 / QUADS;  // rows of residual that are on their way
+  constexpr int QUADS = Words<Out, F>::QUADS;
+  constexpr int AHEAD = F::TAPPED ? (QUADS < 4 ? 4 / QUADS : 1) : 8 / QUADS;  // rows of residual that are on their way
   const bool residual = p.residual_before || p.residual_after;
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
     const Tile tile(p, number, F::CUT.height);
@@ -580,7 +608,7 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
     if constexpr (!F::SHORTCUT)
       if (residual)
         unrolled<AHEAD * QUADS>(
-            [&](auto i) { held[i] = held_at<Out, F>(p.out, i % QUADS, tile.n, y + i / QUADS, tile.x, p.h, p.w); });
+            [&](auto i) { held[i] = held_at<Out, F>(p.residual, i % QUADS, tile.n, y + i / QUADS, tile.x, p.h, p.w); });
 
     int before = -1;  // the stage whose products may still run
     for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1] + p.chunks[SOURCES]; ++chunk, stage.next()) {
@@ -605,21 +633,23 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
         constexpr int SLOT = F::SHORTCUT ? 0 : row % AHEAD * QUADS + quad;
         const uint4 words = held[SLOT];
         if constexpr (!F::SHORTCUT && row + AHEAD < F::ROWS)
-          if (residual) held[SLOT] = held_at<Out, F>(p.out, quad, tile.n, y + row + AHEAD, tile.x, p.h, p.w);
-        finish<Out, F>(values + row * F::VALUES, quad, words, p.residual_before, p.residual_after, p.out, p.relu,
-                       tile.n, y + row, tile.x, p.h, p.w);
+          if (residual) held[SLOT] = held_at<Out, F>(p.residual, quad, tile.n, y + row + AHEAD, tile.x, p.h, p.w);
+        finish<Out, F, !F::TAPPED>(values + row * F::VALUES, quad, words, p.residual_before, p.residual_after, p.out,
+                                   p.relu, tile.n, y + row, tile.x, p.h, p.w);
       });
       if constexpr (F::SHORTCUT)
         unrolled<Words<typename F::ShortcutOut, F>::QUADS>([&](auto quad) {
-          finish<typename F::ShortcutOut, F>(shortcut + row * F::VALUES, quad, held[0], false, false, p.shortcut_out,
-                                             p.shortcut_relu, tile.n, y + row, tile.x, p.h, p.w);
+          finish<typename F::ShortcutOut, F, true>(shortcut + row * F::VALUES, quad, held[0], false, false,
+                                                   p.shortcut_out, p.shortcut_relu, tile.n, y + row, tile.x, p.h, p.w);
         });
-      if constexpr (row % 2 == 1)
+      if constexpr (F::TAPPED)
+        multiply_taps<F>(values + row * F::VALUES, p.taps, p.tap_weights, tile.n, y + row, tile.x, p.h, p.w);
+      else if constexpr (row % 2 == 1)
         if (p.pooled.data)
           pool<F>(values + (row - 1) * F::VALUES, values + row * F::VALUES, p.pooled, tile.n, y + row - 1, tile.x, p.h,
                   p.w);
     });
-    if (p.sums) {
+    if (!F::TAPPED && p.sums) {
       const int64_t part = (tile.n * p.across * p.down + tile.number) * GROUPS + group;
       sum<F>(values, shared.sums + group * 4 * F::CHANNELS, p.sums + part * p.sum_channels, group, y, tile.x, p.h, p.w);
     }
@@ -689,6 +719,24 @@ __global__ void __launch_bounds__(SUMMED) sum_gated(const __grid_constant__ Gate
   }
 }
 
+// A thread adds up what the taps give one pixel.
+template <typename T>
+__global__ void __launch_bounds__(SUMMED) sum_taps(const __grid_constant__ TapSums s) {
+  const int64_t across = (s.w + SUMMED - 1) / SUMMED, row = blockIdx.x / across, first = row / s.h * s.h;
+  const int64_t x = blockIdx.x % across * SUMMED + threadIdx.x;
+  if (x >= s.w) return;
+  float total = *s.bias;
+  unrolled<9>([&](auto tap) {
+    const int64_t from_row = row + tap / 3 - 1, from_x = x + tap % 3 - 1;
+    if (from_row >= first && from_row < first + s.h && from_x >= 0 && from_x < s.w)
+      total += to_float(static_cast<const typename Wider<T>::Type*>(s.taps)[(from_row * s.w + from_x) * TAPS + tap]);
+  });
+  if (s.mask)
+    s.mask[row * s.w + x] = !(total <= *s.threshold);  // NaN: no clean zero
+  else
+    s.logits[row * s.w + x] = total;
+}
+
 template <typename F>
 int launch_form(const Convolution& c, void* stream) {
   Parameters p{};
@@ -700,8 +748,8 @@ int launch_form(const Convolution& c, void* stream) {
     if (const int error = take(i, c.sources[i], c.h, c.w, {F::SPAN / F::SIZE, PITCH, F::HEIGHT / F::BOXES}, F::SPAN))
       return error;
   // for which there is no code
-  if ((c.below.data && !F::SHORTCUT) || (c.pooled.data && F::ROWS % 2) ||
-      ((c.residual_before || c.residual_after) && F::SHORTCUT))
+  if ((c.below.data && !F::SHORTCUT) || (c.residual.data && F::SHORTCUT) || (c.pooled.data && F::ROWS % 2) ||
+      (F::TAPPED && (c.pooled.data || c.sums || c.taps.channels != TAPS)))
     return cudaErrorInvalidValue;
   if (const int error = take(SOURCES, c.below, c.h / 2, c.w / 2, {F::DEPTH, F::LOW_WIDTH, F::LOW_HEIGHT}, 16))
     return error;
@@ -711,16 +759,23 @@ int launch_form(const Convolution& c, void* stream) {
   p.weights = c.weights, p.shortcut = c.shortcut, p.attention = c.attention;
   p.out = c.out, p.pooled = c.pooled, p.shortcut_out = c.shortcut_out;
   p.sums = c.sums, p.sum_channels = c.sum_channels;
-  p.relu = c.relu, p.residual_before = c.residual_before, p.residual_after = c.residual_after;
+  p.relu = c.relu, p.residual = c.residual;
+  p.residual_before = c.residual.data && !c.after, p.residual_after = c.residual.data && c.after;
+  p.taps = c.taps, p.tap_weights = c.tap_weights;
   p.shortcut_relu = c.shortcut_relu;
   return launch(convolve_tiles<F>, std::min(p.tiles, processors()), THREADS, F::SHARED, stream, p);
 }
 
 template <typename T, int CHANNELS, bool SHORTCUT>
 int launch_shortcut(const Convolution& c, void* stream) {
+  constexpr bool EIGHT = std::is_same_v<T, E4M3>;
+  if constexpr (!SHORTCUT && has_taps(CHANNELS))
+    if (c.taps.data && !c.planes && c.wide == EIGHT)
+      return launch_form<Form<T, CHANNELS, false, false, EIGHT, true>>(c, stream);
+  if (c.taps.data) return cudaErrorInvalidValue;
   if constexpr (std::is_same_v<T, BFloat>)
     if (c.planes && !c.wide) return launch_form<Form<T, CHANNELS, SHORTCUT, true, false>>(c, stream);
-  if constexpr (std::is_same_v<T, E4M3>)
+  if constexpr (EIGHT)
     if (c.wide && !c.planes) return launch_form<Form<T, CHANNELS, SHORTCUT, false, true>>(c, stream);
   if (c.planes || c.wide) return cudaErrorInvalidValue;
   return launch_form<Form<T, CHANNELS, SHORTCUT, false, false>>(c, stream);
@@ -740,7 +795,7 @@ int launch_channels(const Convolution& c, void* stream) {
 template <>
 int convolve<SCOAT_TYPE>(const Convolution& c, void* stream) {
   if (c.n == 0) return cudaSuccess;
-  switch (c.out.channels) {
+  switch (c.channels) {
     case 16:
       return launch_channels<SCOAT_TYPE, 16>(c, stream);
     case 32:
@@ -765,6 +820,12 @@ int gate_sums<SCOAT_TYPE>(const GateSums& g, void* stream) {
   const int64_t blocks = g.n * ((g.h * g.w + SUMMED - 1) / SUMMED);
   const int bytes = (SUMMED + SUMMED / int(g.below.channels / 8) * int(g.below.channels)) * 4;
   return blocks == 0 ? cudaSuccess : launch(sum_gated<SCOAT_TYPE>, blocks, SUMMED, bytes, stream, g);
+}
+
+template <>
+int tap_sums<SCOAT_TYPE>(const TapSums& s, void* stream) {
+  const int64_t blocks = s.n * s.h * ((s.w + SUMMED - 1) / SUMMED);
+  return blocks == 0 ? cudaSuccess : launch(sum_taps<SCOAT_TYPE>, blocks, SUMMED, 0, stream, s);
 }
 
 template <>

@@ -42,7 +42,8 @@ constexpr int SOURCES = 2;
 
 // out = relu(3x3 convolution of the sources, one after the other, + bias), with zero padding. The last source, `below`,
 // has half the height and width and becomes (1 + attention) * up(below), bilinear with aligned corners, on its way into
-// the tile; only with a shortcut.
+// the tile; only with a shortcut. `taps` are the products of out with the nine taps of a head, and it is not stored
+// then; only without a shortcut.
 struct Convolution {
   bool planes;  // how pixels lie in shared memory, of BFloat alone: see `Form`
   bool wide;    // of E4M3 alone: the last result, of the shortcut where there is one, is BFloat
@@ -50,18 +51,24 @@ struct Convolution {
   Features sources[SOURCES], below;
   const void* attention;  // [N, H, W] of Wider, or null: zeros
   Weights weights;
+  int channels;  // of out
   Features out;
-  bool relu, residual_before, residual_after;  // residual: what out holds is added, before or after the ReLU
-  Features pooled;                             // the maxima of 2x2 pixels of out
-  float* sums;  // of out over what a warpgroup has of each tile: [N, tiles * GROUPS, sum_channels]; or null
+  bool relu;
+  Features residual;  // of the same dtype, is added before the ReLU
+  bool after;         // or after it
+  Features pooled;    // the maxima of 2x2 pixels of out
+  float* sums;        // of out over what a warpgroup has of each tile: [N, tiles * GROUPS, sum_channels]; or null
   int64_t sum_channels;
   Weights shortcut;  // a 1x1 convolution of the sources into shortcut_out
   Features shortcut_out;
   bool shortcut_relu;
+  Features taps;            // of Wider, TAPS channels
+  const void* tap_weights;  // [channels / 16, 2, 32, 4] of Wider: what each thread of a warp has of them
 };
 
 constexpr int WIDTH = 64;          // pixels of a tile, which are the rows of a matrix product
 constexpr int GROUPS = 2;          // warpgroups that multiply
+constexpr int TAPS = 10;           // of a head for one class, and one of zeros, so that they are pairs
 constexpr int ACCUMULATORS = 128;  // registers of a thread
 
 // How the kernel for `channels` outputs cuts its work.
@@ -81,6 +88,9 @@ struct Cut {
 constexpr bool has_kernel(int64_t channels, int size) {
   return (channels == 16 && size == 2) || channels == 32 || channels == 64 || channels == 128;
 }
+
+// Whether the kernel for `channels` outputs has one that gives taps in its place: for more there are no registers.
+constexpr bool has_taps(int64_t channels) { return channels <= 64; }
 
 constexpr Cut cut_of(int channels, bool shortcut) {
   const int most = 2 * ACCUMULATORS / channels / (shortcut ? 2 : 1), zeros = channels <= 32 ? 1 : 0;
@@ -111,6 +121,15 @@ struct GateSums {
   int64_t sum_channels;
 };
 
+// logits [N, H, W] = the bias and what each tap gives the pixel beside it, or mask: where that exceeds the threshold.
+struct TapSums {
+  int64_t n, h, w;
+  const void* taps;  // [N, H, W, TAPS] of Wider
+  const float *bias, *threshold;
+  float* logits;
+  uint8_t* mask;  // or null
+};
+
 // Each returns a cudaError_t, 0 where the launch went well. T is Half, BFloat or E4M3: hopper.cu is compiled for each.
 template <typename T>
 int convolve(const Convolution&, void* stream);
@@ -118,6 +137,8 @@ template <typename T>
 int scale(const Scaling&, void* stream);
 template <typename T>
 int gate_sums(const GateSums&, void* stream);
+template <typename T>
+int tap_sums(const TapSums&, void* stream);
 
 // Why this build cannot run on the current device, or an empty string.
 template <typename T>

@@ -45,9 +45,9 @@ void define_for(py::module_& module) {
   module.def(
       "convolve",
       [](bool planes, bool wide, const Size& size, const Tensor& first, const Tensor& second, const Tensor& below,
-         uintptr_t attention, const Matrix& weights, const Tensor& out, bool relu, bool residual_before,
-         bool residual_after, const Tensor& pooled, uintptr_t sums, int64_t sum_channels, const Matrix& shortcut,
-         const Tensor& shortcut_out, bool shortcut_relu, uintptr_t stream) {
+         uintptr_t attention, const Matrix& weights, int channels, const Tensor& out, bool relu, const Tensor& residual,
+         bool after, const Tensor& pooled, uintptr_t sums, int64_t sum_channels, const Matrix& shortcut,
+         const Tensor& shortcut_out, bool shortcut_relu, const Tensor& taps, uintptr_t tap_weights, uintptr_t stream) {
         const Convolution convolution{planes,
                                       wide,
                                       size[0],
@@ -57,22 +57,25 @@ void define_for(py::module_& module) {
                                       features(below),
                                       pointer<const void>(attention),
                                       weights_of(weights),
+                                      channels,
                                       features(out),
                                       relu,
-                                      residual_before,
-                                      residual_after,
+                                      features(residual),
+                                      after,
                                       features(pooled),
                                       pointer<float>(sums),
                                       sum_channels,
                                       weights_of(shortcut),
                                       features(shortcut_out),
-                                      shortcut_relu};
+                                      shortcut_relu,
+                                      features(taps),
+                                      pointer<const void>(tap_weights)};
         check("convolve", convolve<T>(convolution, pointer<void>(stream)));
       },
       py::kw_only(), py::arg("planes"), py::arg("wide"), py::arg("size"), py::arg("first"), py::arg("second"),
-      py::arg("below"), py::arg("attention"), py::arg("weights"), py::arg("out"), py::arg("relu"),
-      py::arg("residual_before"), py::arg("residual_after"), py::arg("pooled"), py::arg("sums"),
-      py::arg("sum_channels"), py::arg("shortcut"), py::arg("shortcut_out"), py::arg("shortcut_relu"),
+      py::arg("below"), py::arg("attention"), py::arg("weights"), py::arg("channels"), py::arg("out"), py::arg("relu"),
+      py::arg("residual"), py::arg("after"), py::arg("pooled"), py::arg("sums"), py::arg("sum_channels"),
+      py::arg("shortcut"), py::arg("shortcut_out"), py::arg("shortcut_relu"), py::arg("taps"), py::arg("tap_weights"),
       py::arg("stream"));
   module.def(
       "scale",
@@ -104,6 +107,22 @@ void define_for(py::module_& module) {
       },
       py::kw_only(), py::arg("size"), py::arg("below"), py::arg("attention"), py::arg("sums"), py::arg("sum_channels"),
       py::arg("stream"));
+  module.def(
+      "tap_sums",
+      [](const Size& size, uintptr_t taps, uintptr_t bias, uintptr_t threshold, uintptr_t logits, uintptr_t mask,
+         uintptr_t stream) {
+        const TapSums s{size[0],
+                        size[1],
+                        size[2],
+                        pointer<const void>(taps),
+                        pointer<const float>(bias),
+                        pointer<const float>(threshold),
+                        pointer<float>(logits),
+                        pointer<uint8_t>(mask)};
+        check("tap_sums", tap_sums<T>(s, pointer<void>(stream)));
+      },
+      py::kw_only(), py::arg("size"), py::arg("taps"), py::arg("bias"), py::arg("threshold"), py::arg("logits"),
+      py::arg("mask"), py::arg("stream"));
 }
 
 }  // namespace
@@ -113,6 +132,7 @@ void define(py::module_& module) {
   auto all = module.def_submodule("hopper", "The engine's convolutions on Hopper's tensor cores.");
   all.def("why_not", &why_not<BFloat>);
   all.def("has_kernel", &has_kernel);
+  all.def("has_taps", &has_taps);
   all.def("cut", [](int channels, bool shortcut) {
     const Cut cut = cut_of(channels, shortcut);
     return std::array<int, 5>{cut.height, cut.width, cut.depth, cut.slots, cut.zeros};

@@ -50,8 +50,10 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.double() - exact).abs().max() / exact.abs().max()).item()
 
 
+@pytest.mark.parametrize("fuses", [False, True], ids=["apart", "gates and a head in convolutions"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_plan_is_the_network(form):
+def test_the_plan_is_the_network(form, fuses, monkeypatch):
+    monkeypatch.setattr(reference, "fuses", lambda step, dtype: fuses)
     net = trained(**form).double()
     x = torch.rand(3, net.in_channels, 50, 37, dtype=torch.float64)
     expected, maps = double(net, x, return_attention=True)
@@ -379,14 +381,14 @@ def test_nan_gives_no_clean_mask(backend):
     assert engine.mask(x)[engine(x).isnan()].all()
 
 
-@pytest.mark.parametrize("upsamples", [False, True], ids=["gates apart", "gates in convolutions"])
+@pytest.mark.parametrize("fuses", [False, True], ids=["apart", "gates and a head in convolutions"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_scales_in_the_weights_change_nothing(form, upsamples, monkeypatch):
+def test_scales_in_the_weights_change_nothing(form, fuses, monkeypatch):
     """Powers of two: the network of the rescaled weights gives the same bits."""
     net = trained(**form)
     x = torch.rand(2, net.in_channels, 32, 48)
-    monkeypatch.setattr(reference, "upsamples", lambda step, dtype: upsamples)
-    whole, weights = plan.build(net, upsamples=lambda step: upsamples), pack.pack(net)
+    monkeypatch.setattr(reference, "fuses", lambda step, dtype: fuses)
+    whole, weights = plan.build(net, fuses=lambda step: fuses), pack.pack(net)
     scales = calibrate.calibrate(whole, weights, x)
     assert {len(scale.unique()) for scale in scales.values()} != {1}
     plain = scoat_fast.compile(net, backend="reference", size=(32, 48))
@@ -399,8 +401,8 @@ def test_scales_in_the_weights_change_nothing(form, upsamples, monkeypatch):
     assert torch.equal(scaled.mask(x), plain.mask(x))
 
 
-@pytest.mark.parametrize("upsamples", [False, True], ids=["gates apart", "gates in convolutions"])
-def test_scales_bring_features_into_range(upsamples, monkeypatch):
+@pytest.mark.parametrize("fuses", [False, True], ids=["apart", "gates and a head in convolutions"])
+def test_scales_bring_features_into_range(fuses, monkeypatch):
     """Of the calibration slices, with a factor of two to spare and no more than another lost to whole binades."""
     net, from_below, gated = trained(width=8), [], reference.gated
 
@@ -409,7 +411,7 @@ def test_scales_bring_features_into_range(upsamples, monkeypatch):
         return from_below[-1]
 
     monkeypatch.setattr(reference, "gated", recorded)
-    whole, weights = plan.build(net, upsamples=lambda step: upsamples), pack.pack(net)
+    whole, weights = plan.build(net, fuses=lambda step: fuses), pack.pack(net)
     for factor in (1e-3, 1.0, 1e5):  # of the first weights, and so of most features
         weights["conv0_0.conv1"] = tuple(factor * x for x in weights["conv0_0.conv1"])
         x = torch.rand(3, 1, 32, 32)

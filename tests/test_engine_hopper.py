@@ -7,7 +7,7 @@ import runpy
 import subprocess
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -48,15 +48,17 @@ def named(way) -> str:
 
 def assert_steps_as_accurate(form, shape, dtype, device):
     """Every step that runs here, in memory full of NaN."""
-    upsampled = gated = 0
+    upsampled = gated = tapped = 0
     options = {"wanted": lambda step: sm90a.why_triton(step, dtype) is None}
-    options |= {"upsamples": partial(sm90a.upsamples, dtype=dtype)}
+    options |= {"fuses": partial(sm90a.fuses, dtype=dtype)}
     for outcome in run_steps(trained(**form), "sm90a", dtype, shape, device=device, **options):
         ours, stock, largest = outcome.errors
         assert ours <= SLACK * stock + FLOOR * max(largest, 1), (plan.summary(outcome.step), ours, stock)
+        tapped += isinstance(outcome.step, plan.Head)
         if isinstance(outcome.step, plan.Convolve) and outcome.slice == outcome.step.out:
             upsampled += outcome.step.below is not None
             gated += outcome.step.attention is not None
+    assert tapped == (not sm90a.planes)
     assert upsampled - gated == (0 if form.get("block") else 4)  # of nodes with a shortcut
     assert gated == {16: 6, 32: 5, 64: 3}[form["width"]]  # and a kernel for their channels
 
@@ -190,6 +192,56 @@ def test_odd_sizes_and_every_epilogue(case, way, on_a_cpu, monkeypatch):
             assert around[..., :16].isnan().all() and around[..., -16:].isnan().all(), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("out", "shape", "residual"), [
+    (32, (1, 1, 1), None), (16, (1, 33, 65), "after"), (32, (2, 17, 71), "before"), (64, (1, 9, 130), "before"),
+])  # fmt: skip
+def test_a_head_in_the_last_convolution(out, shape, residual, dtype, on_a_cpu):
+    """Its taps, which stand for the result, and then their sums, as logits and as a mask."""
+    if dtype == FLOAT8 and out == 16:
+        pytest.skip("there are no kernels for 16 channels")
+    torch.manual_seed(2)
+    (n, h, w), wide = shape, torch.bfloat16 if dtype == FLOAT8 else dtype
+    slices = {name: plan.Slice(name, 0, out) for name in ("x", "out", "scratch")}
+    slices |= {"taps": plan.Slice("taps", 0, plan.TAPS), "threshold": plan.Slice("threshold", 0, 1)}
+    slices |= {name: plan.Slice(name, 0, 1) for name in ("logits", "mask")}
+    step = plan.Convolve(0, "3x3", 3, (slices["x"],), slices["out"], residual=residual)
+    step = replace(step, taps=plan.Taps("head", slices["taps"]))
+    assert sm90a.fuses(step, dtype)
+    weights = {"3x3": (torch.randn(out, out, 3, 3) / (9 * out) ** 0.5, torch.randn(out))}
+    weights["head"] = torch.randn(1, out, 3, 3) / (9 * out) ** 0.5, torch.randn(1)
+    found = {"x": torch.randn(n, h, w, out).to(dtype), "out": torch.randn(n, h, w, out).to(wide)}
+    held, threshold = found["out"].clone(), torch.tensor([0.3])
+    found |= {"taps": torch.full((n, h, w, plan.TAPS), torch.nan, dtype=wide), "threshold": threshold}
+    found |= {"logits": torch.full((n, 1, h, w), torch.nan), "mask": torch.full((n, 1, h, w), 255, dtype=torch.uint8)}
+
+    def run(step, kind):
+        ready = sm90a.prepare(step, weights, torch.device("cpu"), kind)
+        sm90a.bind(step, ready, lambda used: found[used.buffer], h * w)()
+
+    run(step, dtype)
+    run(plan.Head(0, "head", slices["taps"], slices["logits"], tapped=True), wide)
+    run(plan.Head(0, "head", slices["taps"], slices["mask"], slices["threshold"], tapped=True), wide)
+
+    x, (kernel, bias) = found["x"].double().permute(0, 3, 1, 2), weights["3x3"]
+    y = F.conv2d(x, rounded(kernel, dtype), bias.double(), padding=1)
+    y = y + held.double().permute(0, 3, 1, 2) if residual == "before" else y
+    y = y.relu()
+    y = y + held.double().permute(0, 3, 1, 2) if residual == "after" else y
+    head, bias = weights["head"][0].to(wide).double(), weights["head"][1].double()
+    by_tap = head.flatten(2).permute(2, 1, 0)[..., None]
+    taps = found["taps"].double().permute(0, 3, 1, 2)
+    error = (taps[:, :9] - F.conv2d(y, by_tap)).abs()
+    assert (error <= 2 * DTYPES[wide] * F.conv2d(y.abs(), by_tap.abs()) + 1e-5).all() and (taps[:, 9] == 0).all()
+    assert torch.equal(found["out"], held)
+    beside = F.pad(taps, (1, 1, 1, 1))
+    added = sum(beside[:, i, i // 3 : i // 3 + h, i % 3 : i % 3 + w] for i in range(9)) + bias
+    torch.testing.assert_close(found["logits"][:, 0].double(), added, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["mask"], (found["logits"] > threshold).to(torch.uint8))
+    exact, most = F.conv2d(y, head, bias, padding=1), F.conv2d(y.abs(), head.abs(), padding=1)
+    assert ((found["logits"].double() - exact).abs() <= 2 * DTYPES[wide] * most + 1e-4).all()
+
+
 def rounded(weight, dtype):
     """As the kernel has it, in float64."""
     divided, unit = pack.in_units(weight) if dtype == FLOAT8 else (weight, 1.0)
@@ -273,7 +325,7 @@ def test_what_it_refuses(on_a_cpu, monkeypatch):
 
 @pytest.mark.parametrize(("width", "gated"), [(16, 6), (32, 5), (64, 3)])
 def test_plans_gate_in_convolutions_that_have_a_kernel(width, gated, on_a_cpu):
-    steps = plan.build(SCOATNet(width=width), upsamples=partial(sm90a.upsamples, dtype=torch.bfloat16)).steps
+    steps = plan.build(SCOATNet(width=width), fuses=partial(sm90a.fuses, dtype=torch.bfloat16)).steps
     assert sum(isinstance(step, plan.Convolve) and step.attention is not None for step in steps) == gated
     assert sum(isinstance(step, plan.Gate) and step.out is not None for step in steps) == 6 - gated
 
@@ -309,8 +361,8 @@ def machine_code() -> dict[str, tuple[str, str]]:
         pytest.skip("needs an extension with code for Hopper, and cuobjdump")
     found = machine_code_of("sm_90a", "convolve_tiles")
     # with a shortcut and without: bfloat16 in four counts of channels and two ways to lie, float16 in one of them, and
-    # float8 in three counts, with a wide result and without
-    assert len(found) == 2 * (8 + 4 + 6)
+    # float8 in three counts, with a wide result and without; and for up to 64 channels with taps
+    assert len(found) == 2 * (8 + 4 + 6) + 3 + 3 + 2
     return found
 
 
@@ -324,7 +376,8 @@ def test_machine_code_has_no_spills(machine_code):
 def test_machine_code_multiplies_without_waiting(machine_code):
     """All products of a stage follow each other, and one wait follows them; what is fetched comes in boxes."""
     for name, (_, code) in machine_code.items():
-        channels, shortcut = (int(found) for found in re.search(r"Li(\d+)ELb(\d)", name).groups())
+        form = re.search(r"Li(\d+)ELb(\d)ELb\dELb\dELb(\d)", name).groups()
+        channels, shortcut, tapped = (int(found) for found in form)
         cut = sm90a._Cut(native._C.hopper.cut(channels, bool(shortcut)))
         rows, joined = cut.height // 2, cut.zeros + 1
         products = rows // joined * (joined + 2) * 3 + rows * shortcut  # of so many channels:
@@ -333,7 +386,10 @@ def test_machine_code_multiplies_without_waiting(machine_code):
         assert len(found) == products * cut.depth // at_once, (name, found)
         assert found.count(str(joined * channels)) >= len(found) - rows * 2
         assert len(re.findall(rf"{name_of}.*gsb0", code)) == 1, name
-        assert not re.search(r"\bHMMA\b", code), name
+        # a warp's: of a row and 8 taps for each 16 channels
+        assert (
+            len(re.findall(r"\bHMMA\.16816\b", code)) == len(re.findall("HMMA", code)) == tapped * rows * channels // 8
+        )
         assert "UTMALDG.4D" in code and "UBLKCP" in code, name
 
 

@@ -60,9 +60,11 @@ def rescale(plan: Plan, weights: Weights, scales: Scales) -> Weights:
                 convolution(step.weights, given, _of(scales, step.out))
                 if step.shortcut is not None:
                     convolution(step.shortcut.weights, given, _of(scales, step.shortcut.out))
+                if step.taps is not None:
+                    convolution(step.taps.weights, _of(scales, step.out))
             case Attend():
                 convolution(step.project, _of(scales, step.row))
-            case Head():
+            case Head() if not step.tapped:
                 convolution(step.weights, _of(scales, step.source))
             case Excite():
                 squeeze, stretch = weights[step.weights]

@@ -48,8 +48,8 @@ def parts(step: Step, height: int, width: int, device: torch.device, dtype: torc
 rows = reference.rows  # features are scaled here, too
 
 
-def upsamples(step: Convolve, dtype: torch.dtype) -> bool:
-    """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
+def fuses(step: Convolve, dtype: torch.dtype) -> bool:
+    """Whether a plan for this backend may hold a convolution with a source ``below`` or ``taps``, such as this one."""
     return False
 
 

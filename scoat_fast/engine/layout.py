@@ -78,6 +78,8 @@ def lay_out(
             divided[step.scaled.buffer] = backend.rows(step, used)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, buffer in plan.buffers.items():
+        if name not in plan.lifetimes:  # a node of which only taps are stored
+            continue
         c, h, w = buffer.channels, height >> buffer.level, width >> buffer.level
         shape = {
             "features": (n, h, w, c),

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from ..model import ATTENTION_NODES, LEVELS, SCOATNet
 
+TAPS = 10  # of a head for one class, and one of zeros, so that they are pairs
 KINDS = {
     "features": "[N, H, W, C] in the engine's dtype",
     "wide": "[N, H, W, C] in the engine's dtype, or bfloat16 where that is float8",
@@ -63,6 +64,14 @@ class Shortcut:
 
 
 @dataclass(frozen=True)
+class Taps:
+    """Products of a result with the nine taps of a head for one class [1, C, 3, 3], row by row: ``TAPS`` channels."""
+
+    weights: str
+    out: Slice
+
+
+@dataclass(frozen=True)
 class Convolve:
     """out = relu(convolution of the concatenated sources + bias), of ``size`` 3 with zero padding, or 1.
 
@@ -70,7 +79,7 @@ class Convolve:
     ``scaled`` has room. ``below`` is a last source of half the height and width, which becomes
     (1 + attention) * up(below) on the way in, or up(below) alone, for backends that can (see ``build``). ``residual``
     adds what ``out`` holds already, "before" the ReLU or "after" it. ``pooled`` takes the maxima of 2x2 pixels of
-    ``out``, ``sums`` its sums.
+    ``out``, ``sums`` its sums, and ``taps`` the place of ``out``, which is not stored then.
     """
 
     level: int
@@ -87,6 +96,7 @@ class Convolve:
     residual: str | None = None
     pooled: Slice | None = None
     sums: Slice | None = None
+    taps: Taps | None = None
 
     @property
     def inputs(self) -> tuple[Slice, ...]:
@@ -140,13 +150,17 @@ class Excite:
 
 @dataclass(frozen=True)
 class Head:
-    """A 3x3 convolution to logits; into a mask, where they exceed ``threshold``."""
+    """A 3x3 convolution to logits; into a mask, where they exceed ``threshold``.
+
+    ``tapped``: the source holds its ``Taps`` already, each to be added to the pixel beside.
+    """
 
     level: int
     weights: str
     source: Slice
     out: Slice
     threshold: Slice | None = None
+    tapped: bool = False
 
 
 Step = Convolve | Attend | Gate | Excite | Head
@@ -172,7 +186,8 @@ def writes(step: Step) -> list[Slice]:
     """What a step writes."""
     match step:
         case Convolve():
-            taken = [step.out, step.shortcut.out if step.shortcut else None, step.pooled, step.sums]
+            taken = [step.taps.out if step.taps else step.out, step.shortcut.out if step.shortcut else None]
+            taken += [step.pooled, step.sums]
         case Gate():
             taken = [step.out, step.sums]
         case _:
@@ -211,7 +226,7 @@ def build(
     net: SCOATNet,
     mask: bool = False,
     attention: bool = False,
-    upsamples: Callable[[Convolve], bool] = lambda step: False,
+    fuses: Callable[[Convolve], bool] = lambda step: False,
 ) -> Plan:
     """The plan of a network's forward pass.
 
@@ -219,14 +234,15 @@ def build(
         net: only its form is read; its weights are named as its modules are (see ``pack``).
         mask: the last head gives a mask, and no other head runs; else logits of all heads that the network returns.
         attention: keep the attention maps until the end.
-        upsamples: whether a backend runs a convolution with a source ``below``; else a ``Gate`` comes before it.
+        fuses: whether a backend runs a convolution with a source ``below``, else a ``Gate`` comes before it; or with
+            the last head's ``taps``.
     """
-    return _Builder(net, mask, attention, upsamples).plan()
+    return _Builder(net, mask, attention, fuses).plan()
 
 
 class _Builder:
-    def __init__(self, net: SCOATNet, mask: bool, attention: bool, upsamples: Callable[[Convolve], bool]):
-        self.net, self.mask, self.attention, self.upsamples = net, mask, attention, upsamples
+    def __init__(self, net: SCOATNet, mask: bool, attention: bool, fuses: Callable[[Convolve], bool]):
+        self.net, self.mask, self.attention, self.fuses = net, mask, attention, fuses
         self.width = [net.width * 2**i for i in range(LEVELS)]
         self.paper, self.residual = net.equations == "paper", net.block == "res"
         self.buffers: dict[str, Buffer] = {}
@@ -311,7 +327,7 @@ class _Builder:
             ]
         first, second = self.block(i, j, (row,), scale)
         fused, gated = replace(first, below=below, attention=attention), None
-        if self.upsamples(fused):
+        if self.fuses(fused):
             first = fused
         else:
             gated = self.new(f"gated{name}", "features", below.channels, i)
@@ -323,7 +339,7 @@ class _Builder:
         self.steps += [first, second]
 
     def head(self, j: int) -> list[str]:
-        """The output on ``x[0, j]``, where there is one."""
+        """The output on ``x[0, j]``, of which the steps so far end with the second convolution, where there is one."""
         net, last = self.net, j == LEVELS - 1
         if not last and (self.mask or not net.deep_supervision):
             return []
@@ -332,7 +348,12 @@ class _Builder:
             out, threshold = self.new("mask", "mask", classes, 0), Slice("threshold", 0, 1)
         else:
             out, threshold = self.new(f"logits{j}", "logits", classes, 0), None
-        self.steps.append(Head(0, name, self.node(0, j), out, threshold))
+        source, tapped = self.node(0, j), False
+        fused = replace(self.steps[-1], taps=Taps(name, Slice("taps", 0, TAPS)))
+        if last and classes == 1 and self.fuses(fused):
+            source, tapped = self.new("taps", "wide", TAPS, 0), True
+            self.steps[-1] = fused
+        self.steps.append(Head(0, name, source, out, threshold, tapped))
         return [out.buffer]
 
 
@@ -369,12 +390,15 @@ def cost(plan: Plan, step: Step, n: int, height: int, width: int, itemsize: int)
     match step:
         case Convolve():
             parameters = (step.size**2 + bool(step.shortcut)) * step.channels * step.out.channels
+            parameters += 9 * step.out.channels if step.taps else 0
             flops = 2 * pixels * parameters
         case Attend():
             parameters = step.row.channels**2
             flops = 2 * pixels * (parameters + 5 * step.row.channels)
         case Gate():
             flops = 2 * pixels * 4 * step.below.channels
+        case Head() if step.tapped:
+            flops = pixels * 9
         case Head():
             parameters = 9 * step.source.channels * step.out.channels
             flops = 2 * pixels * parameters

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .layout import FLOAT8
 from .pack import Weights, in_units
-from .plan import Attend, Convolve, Excite, Gate, Head, Slice, Step
+from .plan import TAPS, Attend, Convolve, Excite, Gate, Head, Slice, Step
 
 View = Callable[[Slice], Tensor]  # the memory of a slice; features as [N, H, W, C]
 
@@ -34,8 +34,8 @@ def rows(step: Convolve, dtype: torch.dtype) -> int:
     return 0
 
 
-def upsamples(step: Convolve, dtype: torch.dtype) -> bool:
-    """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
+def fuses(step: Convolve, dtype: torch.dtype) -> bool:
+    """Whether a plan for this backend may hold a convolution with a source ``below`` or ``taps``, such as this one."""
     return False
 
 
@@ -50,6 +50,7 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
     match step:
         case Convolve():
             products = [step.weights, *([step.shortcut.weights] if step.shortcut else [])]
+            others = [step.taps.weights] if step.taps else []
         case Attend():
             products, others = [step.project], [step.weights]
         case Excite() | Head():
@@ -86,7 +87,12 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> Callable[[], None
         if step.shortcut is not None:
             shortcut = F.conv2d(x if step.shortcut.scaled else given, *weights[step.shortcut.weights])
             _write(view(step.shortcut.out), F.relu(shortcut) if step.shortcut.relu else shortcut)
-        _write(view(step.out), y)
+        if step.taps is None:
+            _write(view(step.out), y)
+        else:
+            by_tap = weights[step.taps.weights][0].flatten(2).permute(2, 1, 0)[..., None]  # [9, C, 1, 1]
+            stored = y.to(view(step.taps.out).dtype).to(y.dtype)
+            _write(view(step.taps.out), F.pad(F.conv2d(stored, by_tap), (0, 0, 0, 0, 0, TAPS - 9)))
         if step.pooled is not None:
             _write(view(step.pooled), F.max_pool2d(y, 2))
         if step.sums is not None:
@@ -127,8 +133,12 @@ def _excite(step: Excite, weights: Weights, view: View, pixels: int) -> Callable
 
 
 def _head(step: Head, weights: Weights, view: View) -> Callable[[], None]:
+    weight, bias = weights[step.weights]
+    if step.tapped:  # to be added up: each tap at its own place
+        weight = torch.eye(TAPS, 9, dtype=weight.dtype, device=weight.device).view(1, TAPS, 3, 3)
+
     def run() -> None:
-        logits = F.conv2d(_read(view(step.source)), *weights[step.weights], padding=1)
+        logits = F.conv2d(_read(view(step.source)), weight, bias, padding=1)
         view(step.out).copy_(
             logits if step.threshold is None else ~(logits <= view(step.threshold))
         )  # NaN: no clean zero

@@ -197,8 +197,8 @@ class Engine:
         self.size, self.in_channels = size, net.in_channels
         self.backend, self._module, self.refusals = _choose(backend, device, dtype)
         keys = ((False, False), (False, True), (True, False))
-        upsamples = functools.partial(self._module.upsamples, dtype=dtype)
-        self._plans = {key: plans.build(net, *key, upsamples) for key in keys}
+        fuses = functools.partial(self._module.fuses, dtype=dtype)
+        self._plans = {key: plans.build(net, *key, fuses) for key in keys}
         if calibration is not None:
             self._check(calibration := calibration.to(device))
             given = pad_to_multiple(calibration.float(), FACTOR)

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import _native
 from . import triton
-from .layout import FLOAT8
+from .layout import FLOAT8, dtype_of
 from .pack import Weights, in_units
-from .plan import Convolve, Gate, Slice, Step, reads
+from .plan import Convolve, Gate, Head, Slice, Step, reads
 
 View = Callable[[Slice], Tensor]
 DTYPES = (torch.float16, torch.bfloat16, FLOAT8)
@@ -41,7 +42,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_triton(step: Step, dtype: torch.dtype) -> str | None:
     """Why a step of this dtype runs in Triton, or None where it runs here."""
-    if isinstance(step, Gate) and step.out is None:
+    if (isinstance(step, Gate) and step.out is None) or (isinstance(step, Head) and step.tapped):
         return None
     if not isinstance(step, Convolve) or step.size != 3:
         return "is no 3x3 convolution"
@@ -75,9 +76,13 @@ def rows(step: Convolve, dtype: torch.dtype) -> int:
     return (3 * _cut(step).slots + shortcut) * step.out.channels
 
 
-def upsamples(step: Convolve, dtype: torch.dtype) -> bool:
-    """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
-    return step.shortcut is not None and why_triton(step, dtype) is None
+def fuses(step: Convolve, dtype: torch.dtype) -> bool:
+    """Whether a plan for this backend may hold a convolution with a source ``below`` or ``taps``, such as this one."""
+    if why_triton(step, dtype) is not None:
+        return False
+    if step.taps is not None:
+        return _native._C.hopper.has_taps(step.out.channels) and not planes
+    return step.shortcut is not None
 
 
 def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -87,6 +92,8 @@ def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> 
         return f"{name} (not sm90a: it {reason})" if isinstance(step, Convolve) and step.size == 3 else name
     if isinstance(step, Gate):
         return "sum_gated"
+    if isinstance(step, Head):
+        return "sum_taps"
     cut = _cut(step)
     name = "scale, convolve_tiles" if step.scale is not None else "convolve_tiles"
     return f"{name} {cut.height}x{cut.width} pixels, {cut.depth} channels at once"
@@ -98,6 +105,8 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
         return triton.prepare(step, weights, device, dtype)
     if isinstance(step, Gate):
         return {}
+    if isinstance(step, Head):
+        return {step.weights: (weights[step.weights][1].to(device, torch.float32),)}
     names = [(step.weights, step.scale is not None)]
     if step.shortcut is not None:
         names.append((step.shortcut.weights, step.shortcut.scaled))
@@ -107,6 +116,8 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
         weight, unit = in_units(weight) if dtype == FLOAT8 else (weight, 1.0)
         rounded = _packed(weight, _cut(step), 32 // dtype.itemsize).to(device, torch.float32 if scaled else dtype)
         packed[name] = rounded, (bias / unit).to(device, torch.float32), unit
+    if step.taps is not None:
+        packed[step.taps.weights] = (_fragments(weights[step.taps.weights][0]).to(device, dtype_of("wide", dtype)),)
     return packed
 
 
@@ -118,31 +129,39 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
         return _bound(
             [(_functions(view(step.below).dtype).gate_sums, _gate_sums(step, view))], weights, view, step.below
         )
-    out, dtype = view(step.out), view(step.sources[0]).dtype
-    last = step.out if step.shortcut is None else step.shortcut.out
+    if isinstance(step, Head):
+        return _bound(
+            [(_functions(view(step.source).dtype).tap_sums, _tap_sums(step, weights, view))], weights, view, step.source
+        )
+    first = view(step.sources[0])
+    dtype = first.dtype
+    last = step.taps.out if step.taps else step.shortcut.out if step.shortcut else step.out
     calls, (main, shortcut) = _matrices(step, weights, view)
     sums = None if step.sums is None else view(step.sums)
     arguments = {
         "planes": planes,
         "wide": view(last).dtype != dtype,
-        "size": tuple(out.shape[:3]),
-        "first": _features(view(step.sources[0])),
+        "size": tuple(first.shape[:3]),
+        "first": _features(first),
         "second": _features(view(step.sources[1])) if len(step.sources) > 1 else None,
         "below": None if step.below is None else _features(view(step.below)),
         "attention": 0 if step.attention is None else view(step.attention).data_ptr(),
         "weights": main,
-        "out": _features(out),
+        "channels": step.out.channels,
+        "out": None if step.taps else _features(view(step.out)),
         "relu": step.relu,
-        "residual_before": step.residual == "before",
-        "residual_after": step.residual == "after",
+        "residual": _features(view(step.out)) if step.residual else None,
+        "after": step.residual == "after",
         "pooled": None if step.pooled is None else _features(view(step.pooled)),
         "sums": 0 if sums is None else sums.data_ptr(),
         "sum_channels": 0 if sums is None else sums.stride(1),
         "shortcut": shortcut,
         "shortcut_out": None if step.shortcut is None else _features(view(step.shortcut.out)),
         "shortcut_relu": step.shortcut is not None and step.shortcut.relu,
+        "taps": None if step.taps is None else _features(view(step.taps.out)),
+        "tap_weights": 0 if step.taps is None else weights[step.taps.weights][0].data_ptr(),
     }
-    return _bound([*calls, (_functions(dtype).convolve, arguments)], weights, view, step.out)
+    return _bound([*calls, (_functions(dtype).convolve, arguments)], weights, view, step.sources[0])
 
 
 def _bound(calls: list[tuple[Callable, dict]], weights: Weights, view: View, on: Slice) -> Callable[[], None]:
@@ -163,6 +182,13 @@ def _gate_sums(step: Gate, view: View) -> dict:
     arguments = {"size": tuple(below.shape[:3]), "below": _features(below)}
     arguments |= {"attention": view(step.attention).data_ptr(), "sums": sums.data_ptr(), "sum_channels": sums.stride(1)}
     return arguments
+
+
+def _tap_sums(step: Head, weights: Weights, view: View) -> dict:
+    taps, out, masks = view(step.source), view(step.out).data_ptr(), step.threshold is not None
+    arguments = {"size": tuple(taps.shape[:3]), "taps": taps.data_ptr(), "bias": weights[step.weights][0].data_ptr()}
+    arguments |= {"threshold": view(step.threshold).data_ptr() if masks else 0}
+    return arguments | {"logits": 0 if masks else out, "mask": out if masks else 0}
 
 
 def _matrices(step: Convolve, weights: Weights, view: View) -> tuple[list, list[tuple[int, int, int, float]]]:
@@ -218,6 +244,16 @@ def _packed(weight: Tensor, cut: _Cut, at_once: int) -> Tensor:
         weight = torch.cat([zeros, weight.flip(2), zeros], 2)
     chunks = weight.unflatten(1, (channels // cut.depth, cut.depth // at_once, 2, at_once // 2))
     return chunks.permute(1, 6, 2, 3, 5, 0, 4).contiguous()
+
+
+def _fragments(weight: Tensor) -> Tensor:
+    """The taps of a head [1, C, 3, 3], as the threads of a warp hold matrices of 8 taps and 16 channels each.
+
+    That is [C / 16, 2, 32 threads, 4], see ``mma.m16n8k16`` in PTX's manual.
+    """
+    taps = F.pad(weight[0].flatten(1).T, (0, 0, 0, 16 - 9))
+    parts = taps.unflatten(1, (-1, 2, 4, 2)).unflatten(0, (2, 8))  # halves of pairs, of four threads; those of 8 taps
+    return parts.permute(2, 0, 1, 4, 3, 5).reshape(-1, 2, 32, 4).contiguous()
 
 
 def _features(x: Tensor) -> tuple[int, ...]:

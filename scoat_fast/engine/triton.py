@@ -84,8 +84,8 @@ def rows(step: Convolve, dtype: torch.dtype) -> int:
     return taps * _padded(step.out.channels)
 
 
-def upsamples(step: Convolve, dtype: torch.dtype) -> bool:
-    """Whether a plan for this backend may hold a convolution with a source ``below``, such as this one."""
+def fuses(step: Convolve, dtype: torch.dtype) -> bool:
+    """Whether a plan for this backend may hold a convolution with a source ``below`` or ``taps``, such as this one."""
     return False
 
 

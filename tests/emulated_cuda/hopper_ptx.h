@@ -223,6 +223,25 @@ void multiply(float* d, uint64_t a, uint64_t b) {
 }
 
 template <typename T>
+void multiply_warp(float (&d)[4], const uint32_t (&a)[4], const uint2& b) {
+  const int lane = int(threadIdx.x % 32);
+  float rows[2][16], columns[2][16];  // of a and of b, of which this thread has products
+  const auto take = [](float (&to)[16], int at, uint32_t words) {
+    const float2 both = numbers_of<T>(words);
+    to[at] = both.x, to[at + 1] = both.y;
+  };
+  for (int i = 0; i < 2; ++i)
+    for (int half = 0; half < 2; ++half)
+      for (int q = 0; q < 4; ++q) {
+        take(rows[i], 8 * half + 2 * q, __shfl_sync(0xffffffffu, a[2 * half + i], lane / 4 * 4 + q));
+        const int column = 2 * (lane % 4) + i;
+        take(columns[i], 8 * half + 2 * q, __shfl_sync(0xffffffffu, half ? b.y : b.x, 4 * column + q));
+      }
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 16; ++k) d[i] += rows[i / 2][k] * columns[i % 2][k];
+}
+
+template <typename T>
 int encode(CUtensorMap* map, const void* data, const int64_t (&steps)[3], int64_t n, int64_t h, int64_t w,
            int64_t channels, const int (&box)[3], int span) {
   constexpr int64_t SIZE = sizeof(T);
