@@ -48,7 +48,10 @@ def environment(tmp_path_factory) -> dict[str, str]:
     (root / "quick").mkdir()
     (root / "quick" / "nnUNetTrainerQuick.py").write_text(QUICK)
     folders = [str(root / "quick"), scoat_fast.nnunet.__path__[0]]
-    settings = {"nnUNet_extTrainer": os.pathsep.join(folders), "PYTHONPATH": folders[1]}
+    (root / "start").mkdir()  # of every Python process
+    (root / "start" / "sitecustomize.py").write_text("import torchvision_on_cpu\n\ntorchvision_on_cpu.declare()\n")
+    paths = [folders[1], str(root / "start"), str(Path(__file__).parent)]
+    settings = {"nnUNet_extTrainer": os.pathsep.join(folders), "PYTHONPATH": os.pathsep.join(paths)}
     environment = os.environ | names | settings
     run(environment, "nnUNetv2_plan_and_preprocess", "-d", 1, "-c", "2d", "-np", 1, "-npfp", 1)
     return environment
