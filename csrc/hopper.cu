@@ -22,7 +22,7 @@ constexpr int UPSAMPLERS = 3;                        // of those warps
 constexpr int PITCH = 72;                // pixels of a row in shared memory, so that each begins a swizzle pattern
 constexpr int SHARED_BYTES = 227 << 10;  // a block may have
 constexpr int BOX_BYTES = 32 << 10;      // of one copy
-constexpr int SCALING_THREADS = 256;
+constexpr int SCALING_THREADS = 256, SUMMED_ROWS = 8;
 enum Name { BLOCK, GATES, LATER, SUMS };  // of barriers of threads; SUMS is of the first group, the next of the second
 constexpr unsigned ALL = 0xffffffffu;
 
@@ -30,8 +30,8 @@ constexpr unsigned ALL = 0xffffffffu;
 // for ever.
 static_assert(GROUPS * REGISTERS + LEFT_REGISTERS <= (GROUPS + 1) * (65536 / THREADS / 8 * 8));
 
-// A kernel for CHANNELS outputs from sources of T. A stage holds DEPTH channels of a tile and its border, and their
-// weights, 16 bytes of channels beside each other:
+// A kernel for CHANNELS outputs, or blocks of as many, from sources of T. A stage holds DEPTH channels of a tile and
+// its border, and their weights, 16 bytes of channels beside each other:
 //
 // pixels    [planes][HEIGHT][PITCH][SPAN bytes]; with PLANES a plane has 16 bytes, else there is one, swizzled
 // weights   [3 horizontal taps][STEPS][2][slots][CHANNELS][16 bytes], a slot being a vertical tap, the last first
@@ -47,7 +47,7 @@ struct Form {
   using Out = std::conditional_t<WIDE && !SHORTCUT_, Wide, T>;
   using ShortcutOut = std::conditional_t<WIDE, Wide, T>;
   static constexpr int CHANNELS = CHANNELS_, SIZE = sizeof(T);
-  static constexpr bool SHORTCUT = SHORTCUT_, TAPPED = TAPPED_;
+  static constexpr bool SHORTCUT = SHORTCUT_, TAPPED = TAPPED_, BLOCKED = CHANNELS == MOST;
   static constexpr Cut CUT = cut_of(CHANNELS, SHORTCUT);
   static constexpr int ROWS = CUT.rows(), JOINED = CUT.joined(), DEPTH = CUT.depth;
   static constexpr int HEIGHT = CUT.height + 2, STEPS = DEPTH * SIZE / 32, SPAN = PLANES ? 16 : DEPTH * SIZE;
@@ -74,8 +74,8 @@ struct Form {
 struct Parameters {
   CUtensorMap maps[SOURCES + 1];  // the last one of what gets upsampled
   int chunks[SOURCES + 1];        // of DEPTH channels
-  int h, w, across, down;
-  int64_t tiles;
+  int h, w, across, down, blocks;
+  int64_t tiles;  // of all blocks
   Weights weights, shortcut;
   Features out, pooled, shortcut_out, residual, taps;
   const void* tap_weights;
@@ -85,17 +85,22 @@ struct Parameters {
   bool relu, residual_before, residual_after, shortcut_relu;
 };
 
+// Where a tile lies, and the block of its output channels: those of the same pixels follow each other.
+template <typename F>
 struct Tile {
   int64_t n;
-  int y, x, number;
+  int y, x, number, block = 0;
 
-  __device__ __forceinline__ Tile(const Parameters& p, int64_t tile, int height) {
+  __device__ __forceinline__ Tile(const Parameters& p, int64_t tile) {
+    if constexpr (F::BLOCKED) block = int(tile % p.blocks), tile /= p.blocks;
     const int64_t all = int64_t(p.across) * p.down;
     n = tile / all;
     number = int(tile % all);
-    y = number / p.across * height;
+    y = number / p.across * F::CUT.height;
     x = number % p.across * WIDTH;
   }
+  // The first output channel.
+  __device__ __forceinline__ int first() const { return block * F::CHANNELS; }
 };
 
 // Where a byte lies in rows swizzled over SPAN bytes, by its address from the start of a swizzle pattern on.
@@ -216,6 +221,11 @@ template <typename S>
 __device__ __forceinline__ uint8_t* place(const Features& x, int64_t n, int64_t y, int64_t column, int channel) {
   return static_cast<uint8_t*>(x.data) + sizeof(S) * (n * x.n + y * x.h + column * x.w + channel);
 }
+template <typename S, typename F>
+__device__ __forceinline__ uint8_t* place(const Features& x, const Tile<F>& tile, int64_t y, int64_t column,
+                                          int channel) {
+  return place<S>(x, tile.n, y, column, tile.first() + channel);
+}
 
 // Sums begin with the bias.
 template <typename F>
@@ -232,22 +242,22 @@ __device__ __forceinline__ void begin(float* values, const float* bias) {
 
 // The residual of the 16 bytes of a row of output that a thread will store; zeros outside.
 template <typename S, typename F>
-__device__ __forceinline__ uint4 held_at(const Features& residual, int quad, int64_t n, int y, int x, int h, int w) {
+__device__ __forceinline__ uint4 held_at(const Features& residual, int quad, const Tile<F>& tile, int y, int h, int w) {
   using W = Words<S, F>;
   const Lane lane;
-  const int mine = 4 * quad + lane.q, column = x + W::pixel_of(lane, mine);
+  const int mine = 4 * quad + lane.q, column = tile.x + W::pixel_of(lane, mine);
   if (y >= h || column >= w) return make_uint4(0, 0, 0, 0);
-  return *reinterpret_cast<const uint4*>(place<S>(residual, n, y, column, W::channel_of(mine)));
+  return *reinterpret_cast<const uint4*>(place<S>(residual, tile, y, column, W::channel_of(mine)));
 }
 
 // Ends a quad of the values of one row of output: adds the residual, stores them where that is wanted, and leaves them
 // as floats.
 template <typename S, typename F, bool STORED>
 __device__ __forceinline__ void finish(float* values, int quad, const uint4& residual, bool before, bool after,
-                                       const Features& out, bool relu, int64_t n, int y, int x, int h, int w) {
+                                       const Features& out, bool relu, const Tile<F>& tile, int y, int h, int w) {
   using W = Words<S, F>;
   const Lane lane;
-  const int mine = 4 * quad + lane.q, column = x + W::pixel_of(lane, mine);
+  const int mine = 4 * quad + lane.q, column = tile.x + W::pixel_of(lane, mine);
   const float least = relu ? 0.0f : -INFINITY;
   uint32_t held[4] = {}, words[4] = {};
   if (before || after) W::part(residual, held, lane.q);
@@ -265,14 +275,14 @@ __device__ __forceinline__ void finish(float* values, int quad, const uint4& res
   });
   if constexpr (STORED) {
     const uint4 bytes = W::join(words, lane.q);
-    if (y < h && column < w) *reinterpret_cast<uint4*>(place<S>(out, n, y, column, W::channel_of(mine))) = bytes;
+    if (y < h && column < w) *reinterpret_cast<uint4*>(place<S>(out, tile, y, column, W::channel_of(mine))) = bytes;
   }
 }
 
 // Stores the products of a row of output with the taps of a head: as its values lie, they are the left matrices.
 template <typename F>
-__device__ __forceinline__ void multiply_taps(const float* values, const Features& out, const void* weights, int64_t n,
-                                              int y, int x, int h, int w) {
+__device__ __forceinline__ void multiply_taps(const float* values, const Features& out, const void* weights,
+                                              const Tile<F>& tile, int y, int h, int w) {
   using S = typename F::Wide;
   const Lane lane;
   const uint2* const mine = static_cast<const uint2*>(weights) + threadIdx.x % 32;
@@ -282,11 +292,12 @@ __device__ __forceinline__ void multiply_taps(const float* values, const Feature
     unrolled<4>([&](auto i) { left[i] = pair<S>(values[8 * step + 2 * i], values[8 * step + 2 * i + 1]); });
     unrolled<2>([&](auto block) { multiply_warp<S>(products[block], left, mine[(2 * step + block) * 32]); });
   });
-  unrolled<2>([&](auto block) {
-    unrolled<2>([&](auto half) {
-      const int channel = 8 * block + 2 * lane.q, column = x + lane.pixel + 8 * half;
-      if (channel < TAPS && y < h && column < w)
-        *reinterpret_cast<uint32_t*>(place<S>(out, n, y, column, channel)) =
+  uint8_t* const to = place<S>(out, tile, y, tile.x + lane.pixel, 2 * lane.q);
+  unrolled<2>([&](auto half) {
+    if (y >= h || tile.x + lane.pixel + 8 * half >= w) return;
+    unrolled<2>([&](auto block) {
+      if (8 * block + 2 * lane.q < TAPS)
+        *reinterpret_cast<uint32_t*>(to + sizeof(S) * (half * 8 * out.w + 8 * block)) =
             pair<S>(products[block][2 * half], products[block][2 * half + 1]);
     });
   });
@@ -294,8 +305,8 @@ __device__ __forceinline__ void multiply_taps(const float* values, const Feature
 
 // Stores the maxima of 2x2 pixels of two rows of output.
 template <typename F>
-__device__ __forceinline__ void pool(const float* upper, const float* lower, const Features& out, int64_t n, int y,
-                                     int x, int h, int w) {
+__device__ __forceinline__ void pool(const float* upper, const float* lower, const Features& out, const Tile<F>& tile,
+                                     int y, int h, int w) {
   using T = typename F::T;
   using W = Words<T, F>;
   const Lane lane;
@@ -313,9 +324,9 @@ __device__ __forceinline__ void pool(const float* upper, const float* lower, con
       });
     });
     const uint4 bytes = W::join(words, lane.q);
-    const int mine = 4 * quad + lane.q, column = x + W::pixel_of(lane, mine);
+    const int mine = 4 * quad + lane.q, column = tile.x + W::pixel_of(lane, mine);
     if (column % 2 == 0 && column < w && y < h)
-      *reinterpret_cast<uint4*>(place<T>(out, n, y / 2, column / 2, W::channel_of(mine))) = bytes;
+      *reinterpret_cast<uint4*>(place<T>(out, tile, y / 2, column / 2, W::channel_of(mine))) = bytes;
   });
 }
 
@@ -389,11 +400,14 @@ __device__ __forceinline__ void fetch(const Parameters& p, const Shared<F>& shar
   Ring<F::SHORTCUT ? F::LOWS : 1> low(1);
   int64_t filled = 0;
   // whether each stage has the same weights in every tile
-  const bool stays = !F::SHORTCUT && p.weights.step == 0 && F::STAGES % (p.chunks[0] + p.chunks[1]) == 0;
+  const int chunks = p.chunks[0] + p.chunks[1] + p.chunks[SOURCES];
+  const bool stays = !F::SHORTCUT && p.weights.step == 0 && p.blocks == 1 && F::STAGES % chunks == 0;
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
-    const Tile tile(p, number, F::CUT.height);
+    const Tile<F> tile(p, number);
+    const int64_t before = int64_t(tile.block) * chunks;
     const auto* weights = static_cast<const uint8_t*>(p.weights.weights) + tile.n * p.weights.step;
     const auto* shortcut = static_cast<const uint8_t*>(p.shortcut.weights) + tile.n * p.shortcut.step;
+    weights += before * F::WEIGHT_BYTES, shortcut += before * F::SHORTCUT_BYTES;
     for (int source = 0; source <= SOURCES; ++source) {
       for (int chunk = 0; chunk < p.chunks[source]; ++chunk, stage.next()) {
         const bool whole = !F::SHORTCUT || source < SOURCES;
@@ -535,7 +549,7 @@ __device__ __forceinline__ void upsample(const Parameters& p, const Shared<F>& s
   constexpr int VECTORS = F::DEPTH / 8;
   const float inverse_h = inverse_of(p.h / 2), inverse_w = inverse_of(p.w / 2);
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
-    const Tile tile(p, number, F::CUT.height);
+    const Tile<F> tile(p, number);
     if (p.attention || number == blockIdx.x) {
       __syncwarp();
       synchronise(GATES, 32 * UPSAMPLERS);  // all are done with those of the tile before
@@ -599,16 +613,16 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
   constexpr int AHEAD = F::TAPPED ? (QUADS < 4 ? 4 / QUADS : 1) : 8 / QUADS;  // rows of residual that are on their way
   const bool residual = p.residual_before || p.residual_after;
   for (int64_t number = blockIdx.x; number < p.tiles; number += gridDim.x) {
-    const Tile tile(p, number, F::CUT.height);
+    const Tile<F> tile(p, number);
     const int y = tile.y + group * F::ROWS;
     float values[F::ROWS * F::VALUES], shortcut[F::SHORTCUT ? F::ROWS * F::VALUES : 1];
-    begin<F>(values, p.weights.bias);
-    if constexpr (F::SHORTCUT) begin<F>(shortcut, p.shortcut.bias);
+    begin<F>(values, p.weights.bias + tile.first());
+    if constexpr (F::SHORTCUT) begin<F>(shortcut, p.shortcut.bias + tile.first());
     uint4 held[F::SHORTCUT ? 1 : AHEAD * QUADS] = {};
     if constexpr (!F::SHORTCUT)
       if (residual)
         unrolled<AHEAD * QUADS>(
-            [&](auto i) { held[i] = held_at<Out, F>(p.residual, i % QUADS, tile.n, y + i / QUADS, tile.x, p.h, p.w); });
+            [&](auto i) { held[i] = held_at<Out, F>(p.residual, i % QUADS, tile, y + i / QUADS, p.h, p.w); });
 
     int before = -1;  // the stage whose products may still run
     for (int chunk = 0; chunk < p.chunks[0] + p.chunks[1] + p.chunks[SOURCES]; ++chunk, stage.next()) {
@@ -633,25 +647,25 @@ __global__ void __launch_bounds__(THREADS, 1) convolve_tiles(const __grid_consta
         constexpr int SLOT = F::SHORTCUT ? 0 : row % AHEAD * QUADS + quad;
         const uint4 words = held[SLOT];
         if constexpr (!F::SHORTCUT && row + AHEAD < F::ROWS)
-          if (residual) held[SLOT] = held_at<Out, F>(p.residual, quad, tile.n, y + row + AHEAD, tile.x, p.h, p.w);
+          if (residual) held[SLOT] = held_at<Out, F>(p.residual, quad, tile, y + row + AHEAD, p.h, p.w);
         finish<Out, F, !F::TAPPED>(values + row * F::VALUES, quad, words, p.residual_before, p.residual_after, p.out,
-                                   p.relu, tile.n, y + row, tile.x, p.h, p.w);
+                                   p.relu, tile, y + row, p.h, p.w);
       });
       if constexpr (F::SHORTCUT)
         unrolled<Words<typename F::ShortcutOut, F>::QUADS>([&](auto quad) {
           finish<typename F::ShortcutOut, F, true>(shortcut + row * F::VALUES, quad, held[0], false, false,
-                                                   p.shortcut_out, p.shortcut_relu, tile.n, y + row, tile.x, p.h, p.w);
+                                                   p.shortcut_out, p.shortcut_relu, tile, y + row, p.h, p.w);
         });
       if constexpr (F::TAPPED)
-        multiply_taps<F>(values + row * F::VALUES, p.taps, p.tap_weights, tile.n, y + row, tile.x, p.h, p.w);
+        multiply_taps<F>(values + row * F::VALUES, p.taps, p.tap_weights, tile, y + row, p.h, p.w);
       else if constexpr (row % 2 == 1)
         if (p.pooled.data)
-          pool<F>(values + (row - 1) * F::VALUES, values + row * F::VALUES, p.pooled, tile.n, y + row - 1, tile.x, p.h,
-                  p.w);
+          pool<F>(values + (row - 1) * F::VALUES, values + row * F::VALUES, p.pooled, tile, y + row - 1, p.h, p.w);
     });
     if (!F::TAPPED && p.sums) {
       const int64_t part = (tile.n * p.across * p.down + tile.number) * GROUPS + group;
-      sum<F>(values, shared.sums + group * 4 * F::CHANNELS, p.sums + part * p.sum_channels, group, y, tile.x, p.h, p.w);
+      sum<F>(values, shared.sums + group * 4 * F::CHANNELS, p.sums + part * p.sum_channels + tile.first(), group, y,
+             tile.x, p.h, p.w);
     }
   }
 }
@@ -661,7 +675,7 @@ __global__ void __launch_bounds__(SCALING_THREADS) scale_vectors(const __grid_co
   const int64_t index = int64_t(blockIdx.x) * SCALING_THREADS + threadIdx.x;
   if (index >= s.n * s.vectors) return;
   const int64_t n = index / s.vectors, vector = index % s.vectors, row = vector / s.inner;
-  const int64_t piece = row / (s.taps * s.pieces) * s.pieces + row % s.pieces;
+  const int64_t piece = row / (s.taps * s.pieces) % s.chunks * s.pieces + row % s.pieces;
   constexpr int COUNT = 16 / sizeof(T);
   const auto* weights = reinterpret_cast<const float4*>(s.weights + vector * COUNT);
   const auto* scales = reinterpret_cast<const float4*>(s.scale + n * s.scale_step + piece * COUNT);
@@ -719,22 +733,29 @@ __global__ void __launch_bounds__(SUMMED) sum_gated(const __grid_constant__ Gate
   }
 }
 
-// A thread adds up what the taps give one pixel.
+// A thread adds up what the taps give one pixel; those of a block lie in SUMMED_ROWS rows, which share what they read.
 template <typename T>
 __global__ void __launch_bounds__(SUMMED) sum_taps(const __grid_constant__ TapSums s) {
-  const int64_t across = (s.w + SUMMED - 1) / SUMMED, row = blockIdx.x / across, first = row / s.h * s.h;
-  const int64_t x = blockIdx.x % across * SUMMED + threadIdx.x;
-  if (x >= s.w) return;
-  float total = *s.bias;
+  constexpr int ACROSS = SUMMED / SUMMED_ROWS;
+  const int h = int(s.h), w = int(s.w), across = (w + ACROSS - 1) / ACROSS, down = (h + SUMMED_ROWS - 1) / SUMMED_ROWS;
+  const int block = int(blockIdx.x), n = block / across / down;
+  const int y = block / across % down * SUMMED_ROWS + int(threadIdx.x) / ACROSS;
+  const int x = block % across * ACROSS + int(threadIdx.x) % ACROSS;
+  if (y >= h || x >= w) return;
+  const int64_t pixel = (int64_t(n) * h + y) * w + x;
+  const auto* const taps = static_cast<const typename Wider<T>::Type*>(s.taps) + pixel * TAPS;
+  float given[9];
   unrolled<9>([&](auto tap) {
-    const int64_t from_row = row + tap / 3 - 1, from_x = x + tap % 3 - 1;
-    if (from_row >= first && from_row < first + s.h && from_x >= 0 && from_x < s.w)
-      total += to_float(static_cast<const typename Wider<T>::Type*>(s.taps)[(from_row * s.w + from_x) * TAPS + tap]);
+    constexpr int DOWN = tap / 3 - 1, RIGHT = tap % 3 - 1;
+    const bool inside = y + DOWN >= 0 && y + DOWN < h && x + RIGHT >= 0 && x + RIGHT < w;
+    given[tap] = inside ? to_float(taps[(int64_t(DOWN) * w + RIGHT) * TAPS + tap]) : 0.0f;
   });
+  float total = *s.bias;
+  unrolled<9>([&](auto tap) { total += given[tap]; });
   if (s.mask)
-    s.mask[row * s.w + x] = !(total <= *s.threshold);  // NaN: no clean zero
+    s.mask[pixel] = !(total <= *s.threshold);  // NaN: no clean zero
   else
-    s.logits[row * s.w + x] = total;
+    s.logits[pixel] = total;
 }
 
 template <typename F>
@@ -755,7 +776,7 @@ int launch_form(const Convolution& c, void* stream) {
     return error;
   p.h = int(c.h), p.w = int(c.w);
   p.across = (p.w + WIDTH - 1) / WIDTH, p.down = (p.h + F::CUT.height - 1) / F::CUT.height;
-  p.tiles = c.n * p.across * p.down;
+  p.blocks = c.channels / F::CHANNELS, p.tiles = c.n * p.across * p.down * p.blocks;
   p.weights = c.weights, p.shortcut = c.shortcut, p.attention = c.attention;
   p.out = c.out, p.pooled = c.pooled, p.shortcut_out = c.shortcut_out;
   p.sums = c.sums, p.sum_channels = c.sum_channels;
@@ -795,6 +816,7 @@ int launch_channels(const Convolution& c, void* stream) {
 template <>
 int convolve<SCOAT_TYPE>(const Convolution& c, void* stream) {
   if (c.n == 0) return cudaSuccess;
+  if (c.channels % MOST == 0) return launch_channels<SCOAT_TYPE, MOST>(c, stream);
   switch (c.channels) {
     case 16:
       return launch_channels<SCOAT_TYPE, 16>(c, stream);
@@ -802,8 +824,6 @@ int convolve<SCOAT_TYPE>(const Convolution& c, void* stream) {
       return launch_channels<SCOAT_TYPE, 32>(c, stream);
     case 64:
       return launch_channels<SCOAT_TYPE, 64>(c, stream);
-    case 128:
-      return launch_channels<SCOAT_TYPE, 128>(c, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -824,7 +844,8 @@ int gate_sums<SCOAT_TYPE>(const GateSums& g, void* stream) {
 
 template <>
 int tap_sums<SCOAT_TYPE>(const TapSums& s, void* stream) {
-  const int64_t blocks = s.n * s.h * ((s.w + SUMMED - 1) / SUMMED);
+  constexpr int ACROSS = SUMMED / SUMMED_ROWS;
+  const int64_t blocks = s.n * ((s.h + SUMMED_ROWS - 1) / SUMMED_ROWS) * ((s.w + ACROSS - 1) / ACROSS);
   return blocks == 0 ? cudaSuccess : launch(sum_taps<SCOAT_TYPE>, blocks, SUMMED, 0, stream, s);
 }
 

@@ -70,6 +70,7 @@ constexpr int WIDTH = 64;          // pixels of a tile, which are the rows of a 
 constexpr int GROUPS = 2;          // warpgroups that multiply
 constexpr int TAPS = 10;           // of a head for one class, and one of zeros, so that they are pairs
 constexpr int ACCUMULATORS = 128;  // registers of a thread
+constexpr int MOST = 128;          // outputs of a kernel, which computes more of them in blocks of so many
 
 // How the kernel for `channels` outputs cuts its work.
 struct Cut {
@@ -86,23 +87,24 @@ struct Cut {
 
 // For numbers of `size` bytes: a product takes 32 bytes of channels.
 constexpr bool has_kernel(int64_t channels, int size) {
-  return (channels == 16 && size == 2) || channels == 32 || channels == 64 || channels == 128;
+  return (channels == 16 && size == 2) || channels == 32 || channels == 64 || (channels > 0 && channels % MOST == 0);
 }
 
 // Whether the kernel for `channels` outputs has one that gives taps in its place: for more there are no registers.
 constexpr bool has_taps(int64_t channels) { return channels <= 64; }
 
-constexpr Cut cut_of(int channels, bool shortcut) {
+constexpr Cut cut_of(int outputs, bool shortcut) {
+  const int channels = outputs < MOST ? outputs : MOST;
   const int most = 2 * ACCUMULATORS / channels / (shortcut ? 2 : 1), zeros = channels <= 32 ? 1 : 0;
   return {GROUPS * (most < 8 ? most : 8), WIDTH, channels == 16 ? 16 : 32, 3 + 2 * zeros, zeros};
 }
 
 // out = weights * scale for each of n slices: `vectors` of as many numbers as fill 16 bytes, which lie as `Form` lays
-// them out, `inner` side by side and `taps` of those for each chunk of channels, which has `pieces` of 16 bytes.
+// them out, `inner` side by side and `taps` of those for each of `chunks` of channels, which has `pieces` of 16 bytes.
 struct Scaling {
   int64_t n;
   const float* weights;
-  int64_t vectors, inner, taps, pieces;
+  int64_t vectors, inner, taps, pieces, chunks;
   const float* scale;
   int64_t scale_step;  // from slice to slice
   void* out;

@@ -79,14 +79,15 @@ void define_for(py::module_& module) {
       py::arg("stream"));
   module.def(
       "scale",
-      [](int64_t n, uintptr_t weights, int64_t vectors, int64_t inner, int64_t taps, int64_t pieces, uintptr_t factors,
-         int64_t factors_step, uintptr_t out, int64_t out_step, uintptr_t stream) {
+      [](int64_t n, uintptr_t weights, int64_t vectors, int64_t inner, int64_t taps, int64_t pieces, int64_t chunks,
+         uintptr_t factors, int64_t factors_step, uintptr_t out, int64_t out_step, uintptr_t stream) {
         const Scaling scaling{n,
                               pointer<const float>(weights),
                               vectors,
                               inner,
                               taps,
                               pieces,
+                              chunks,
                               pointer<const float>(factors),
                               factors_step,
                               pointer<void>(out),
@@ -94,8 +95,8 @@ void define_for(py::module_& module) {
         check("scale", scale<T>(scaling, pointer<void>(stream)));
       },
       py::kw_only(), py::arg("n"), py::arg("weights"), py::arg("vectors"), py::arg("inner"), py::arg("taps"),
-      py::arg("pieces"), py::arg("factors"), py::arg("factors_step"), py::arg("out"), py::arg("out_step"),
-      py::arg("stream"));
+      py::arg("pieces"), py::arg("chunks"), py::arg("factors"), py::arg("factors_step"), py::arg("out"),
+      py::arg("out_step"), py::arg("stream"));
   module.def(
       "gate_sums",
       [](const Size& size, const Tensor& below, uintptr_t attention, uintptr_t sums, int64_t sum_channels,
@@ -139,6 +140,7 @@ void define(py::module_& module) {
   });
   all.attr("SUMMED") = SUMMED;
   all.attr("GROUPS") = GROUPS;
+  all.attr("MOST") = MOST;
   auto half = all.def_submodule("float16"), bfloat = all.def_submodule("bfloat16");
   auto eight = all.def_submodule("float8_e4m3fn");
   define_for<Half>(half);

@@ -60,8 +60,6 @@ def rescale(plan: Plan, weights: Weights, scales: Scales) -> Weights:
                 convolution(step.weights, given, _of(scales, step.out))
                 if step.shortcut is not None:
                     convolution(step.shortcut.weights, given, _of(scales, step.shortcut.out))
-                if step.taps is not None:
-                    convolution(step.taps.weights, _of(scales, step.out))
             case Attend():
                 convolution(step.project, _of(scales, step.row))
             case Head() if not step.tapped:

@@ -81,8 +81,8 @@ def compile(
         device: where the engine runs; the network's own by default.
         dtype: float64, float32, float16, bfloat16 or float8_e4m3fn; by default bfloat16 on GPUs that have it (float16
             on older ones), float32 elsewhere. All sums are in float32, or float64; of float8 in what tensor cores have
-            for it, which on Hopper is less. With float8 the input, the last features and the attention maps are
-            bfloat16.
+            for it, which on Hopper is less; "sm90a" rounds what each tap of the last head gives before it adds nine of
+            them. With float8 the input, the last features and the attention maps are bfloat16.
         backend: "triton", "sm90a", "cpu" or "reference"; by default the fastest that runs here, and on a GPU only
             after its logits for one slice were found near those of "reference". "sm90a", whose convolutions are of
             Hopper alone, runs where it is asked for: it has not been measured yet.

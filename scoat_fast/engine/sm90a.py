@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model import LEVELS
 from ..ops import _native
 from . import triton
 from .layout import FLOAT8, dtype_of
@@ -47,8 +48,10 @@ def why_triton(step: Step, dtype: torch.dtype) -> str | None:
     if not isinstance(step, Convolve) or step.size != 3:
         return "is no 3x3 convolution"
     if not _native._C.hopper.has_kernel(step.out.channels, dtype.itemsize):
-        counts = "32, 64 and 128" if dtype == FLOAT8 else "16, 32, 64 and 128"
+        counts = "32, 64 and multiples of 128" if dtype == FLOAT8 else "16, 32, 64 and multiples of 128"
         return f"gives {step.out.channels} channels, and there are kernels for {counts}"
+    if step.level == LEVELS - 1:
+        return f"lies on level {step.level}, where half of a tile would be empty at 512x512"
     depth = _cut(step).depth
     if any(used.channels % depth for used in step.inputs):
         counts = " + ".join(str(used.channels) for used in step.inputs)
@@ -208,9 +211,9 @@ def _matrices(step: Convolve, weights: Weights, view: View) -> tuple[list, list[
             found.append((packed.data_ptr(), 0, bias.data_ptr(), unit))
             continue
         scale, to = view(step.scale), room[:, first:]
-        _, _, steps, halves, slots, out, count = packed.shape
+        _, chunks, _, steps, halves, slots, out, count = packed.shape
         arguments = {"n": len(room), "weights": packed.data_ptr(), "vectors": packed.numel() // count}
-        arguments |= {"inner": slots * out, "taps": taps, "pieces": steps * halves}
+        arguments |= {"inner": slots * out, "taps": taps, "pieces": steps * halves, "chunks": chunks}
         arguments |= {"factors": scale.data_ptr(), "factors_step": scale.stride(0)}
         arguments |= {"out": to.data_ptr(), "out_step": room.stride(0)}
         calls.append((_functions(room.dtype).scale, arguments))
@@ -234,7 +237,7 @@ def _cut(step: Convolve) -> _Cut:
 
 
 def _packed(weight: Tensor, cut: _Cut, at_once: int) -> Tensor:
-    """[out, in, k, k] as [chunks, horizontal taps, depth / at_once, 2, slots, out, at_once / 2].
+    """[out, in, k, k] as [blocks, chunks, horizontal taps, depth / at_once, 2, slots, out / blocks, at_once / 2].
 
     A product takes so many channels ``at_once``, 32 bytes of them. The last vertical tap comes first.
     """
@@ -242,8 +245,9 @@ def _packed(weight: Tensor, cut: _Cut, at_once: int) -> Tensor:
     if size == 3:
         zeros = weight.new_zeros(out, channels, cut.zeros, 3)
         weight = torch.cat([zeros, weight.flip(2), zeros], 2)
-    chunks = weight.unflatten(1, (channels // cut.depth, cut.depth // at_once, 2, at_once // 2))
-    return chunks.permute(1, 6, 2, 3, 5, 0, 4).contiguous()
+    blocks = weight.unflatten(0, (-1, min(out, _native._C.hopper.MOST)))
+    chunks = blocks.unflatten(2, (channels // cut.depth, cut.depth // at_once, 2, at_once // 2))
+    return chunks.permute(0, 2, 7, 3, 4, 6, 1, 5).contiguous()
 
 
 def _fragments(weight: Tensor) -> Tensor:
