@@ -210,7 +210,7 @@ def report(facts: dict, findings: list[Finding], device: str) -> str:
         f"CUDA  {build.get('cuda') or 'not built: ' + build['why_no_cuda']}"
         + ("" if build.get("hopper") or not build.get("cuda") else ", without the code for Hopper: nvcc is too old"),
         "",
-        f"{'operation':14}{'kernels':10}{'float32':>10}{'float16':>10}{'bfloat16':>10}   largest error against float64",
+        f"{'operation':17}{'kernels':10}{'float32':>10}{'float16':>10}{'bfloat16':>10}   largest error against float64",
     ]
     for operation in dict.fromkeys(f.operation for f in findings):
         found: dict[str, list[Finding]] = {}
@@ -223,6 +223,6 @@ def report(facts: dict, findings: list[Finding], device: str) -> str:
             cells = "".join(f"{'-' if f.error is None else format(f.error, '.1e'):>10}" for f in rows)
             reasons = sorted({f"{f.status}: {f.reason}" for f in rows if f.status != "ok"})
             runs = ["runs here" if well[:1] == [name] else "ok"] if name in well else []
-            lines.append(f"{operation:14}{name:10}{cells}   {'; '.join([*runs, *reasons])}")
-        lines.append(f"{operation:14}{'reference':40}   {'for the rest' if well else 'runs here'}: stock PyTorch")
+            lines.append(f"{operation:17}{name:10}{cells}   {'; '.join([*runs, *reasons])}")
+        lines.append(f"{operation:17}{'reference':40}   {'for the rest' if well else 'runs here'}: stock PyTorch")
     return "\n".join(lines)
