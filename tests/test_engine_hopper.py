@@ -115,9 +115,9 @@ CASES = [
     Case((64,), 64, (1, 6, 64), below=32, attention=True, shortcut=True, wide=True),
     Case((32,), 128, (1, 5, 66), residual="before", wide=True),
     Case((128,), 128, (1, 3, 3), shortcut=True, wide=True),
-    Case((96,), 256, (2, 6, 66), residual="before", pooled=True, sums=True),
+    Case((32,), 256, (2, 4, 66), residual="before", pooled=True, sums=True),
     Case((32, 64), 384, (1, 3, 2), shortcut=True),
-    Case((32,), 256, (2, 6, 66), below=64, attention=True, shortcut=True),
+    Case((32,), 256, (2, 2, 66), below=64, attention=True, shortcut=True),
 ]
 
 

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -146,9 +147,16 @@ inline uint8_t e4m3_of(float value) {
 }
 
 inline float to_float(E4M3 value) {
-  const int exponent = value.bits >> 3 & 15, eighths = value.bits & 7;
-  const float size = std::ldexp(float(exponent ? 8 + eighths : eighths), (exponent ? exponent : 1) - 10);
-  return std::copysign((value.bits & 0x7f) == 0x7f ? NAN : size, value.bits & 0x80 ? -1.0f : 1.0f);
+  static const auto all = [] {
+    std::array<float, 256> found{};
+    for (int bits = 0; bits < 256; ++bits) {
+      const int exponent = bits >> 3 & 15, eighths = bits & 7;
+      const float size = std::ldexp(float(exponent ? 8 + eighths : eighths), (exponent ? exponent : 1) - 10);
+      found[size_t(bits)] = std::copysign((bits & 0x7f) == 0x7f ? NAN : size, bits & 0x80 ? -1.0f : 1.0f);
+    }
+    return found;
+  }();
+  return all[value.bits];
 }
 
 template <>
