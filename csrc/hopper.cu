@@ -719,10 +719,14 @@ __global__ void __launch_bounds__(SUMMED) sum_gated(const __grid_constant__ Gate
   __syncthreads();
   const int vector = thread % vectors, start = thread / vectors;
   float total[8] = {}, value[8];
+  const int w = int(g.w), rows = each / w, columns = each % w;  // from pixel to pixel
+  int y = int(first + start) / w, x = int(first + start) % w;
+#pragma unroll 4
   for (int pixel = start; pixel < count && start < each; pixel += each) {
-    const int64_t place_ = first + pixel;
-    load<T>(place<T>(g.below, n, place_ / g.w, place_ % g.w, 8 * vector), value);
+    load<T>(place<T>(g.below, n, y, x, 8 * vector), value);
     unrolled<8>([&](auto i) { total[i] += gates[pixel] * value[i]; });
+    x += columns, y += rows;
+    if (x >= w) x -= w, ++y;
   }
   if (start < each) unrolled<8>([&](auto i) { totals[start * channels + 8 * vector + i] = total[i]; });
   __syncthreads();

@@ -66,7 +66,7 @@ def assert_steps_as_accurate(form, shape, dtype, device):
 @pytest.mark.parametrize(("form", "shape", "dtype", "planes"), [
     ({"width": 16}, (2, 16, 80), torch.bfloat16, False),
     ({"width": 16, "equations": "paper"}, (2, 32, 16), torch.float16, False),
-    ({"width": 32}, (1, 32, 16), torch.bfloat16, True),
+    ({"width": 32}, (2, 16, 16), torch.bfloat16, True),
     ({"width": 32, "block": "vgg"}, (1, 16, 32), torch.float16, False),
     ({"width": 32}, (1, 16, 16), FLOAT8, False),
 ], ids=["narrow", "paper", "wide", "vgg", "float8"])  # fmt: skip
@@ -117,6 +117,8 @@ CASES = [
     Case((128,), 128, (1, 3, 3), shortcut=True, wide=True),
     Case((32,), 256, (2, 4, 66), residual="before", pooled=True, sums=True),
     Case((32, 64), 384, (1, 3, 2), shortcut=True),
+    Case((64,), 384, (1, 2, 3), residual="after"),  # a stage's weights would be those of the block before
+    Case((128,), 384, (1, 2, 3)),
     Case((32,), 256, (2, 2, 66), below=64, attention=True, shortcut=True),
 ]
 
@@ -329,7 +331,6 @@ def test_what_it_refuses(on_a_cpu, monkeypatch):
         scoat_fast.compile(SCOATNet(width=16), dtype=torch.bfloat16, backend="sm90a")
     steps = plan.build(SCOATNet(width=16)).steps
     reasons = {sm90a.why_triton(step, torch.bfloat16) for step in steps}
-    assert "lies on level 4, where half of a tile would be empty at 512x512" in reasons
     assert "takes 1 channels, and multiples of 16 are wanted" in reasons
     assert "takes 16 channels, and multiples of 32 are wanted" in reasons
     reasons = {sm90a.why_triton(step, FLOAT8) for step in steps}

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model import LEVELS
 from ..ops import _native
 from . import triton
 from .layout import FLOAT8, dtype_of
@@ -50,8 +49,6 @@ def why_triton(step: Step, dtype: torch.dtype) -> str | None:
     if not _native._C.hopper.has_kernel(step.out.channels, dtype.itemsize):
         counts = "32, 64 and multiples of 128" if dtype == FLOAT8 else "16, 32, 64 and multiples of 128"
         return f"gives {step.out.channels} channels, and there are kernels for {counts}"
-    if step.level == LEVELS - 1:
-        return f"lies on level {step.level}, where half of a tile would be empty at 512x512"
     depth = _cut(step).depth
     if any(used.channels % depth for used in step.inputs):
         counts = " + ".join(str(used.channels) for used in step.inputs)
