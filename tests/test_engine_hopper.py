@@ -7,7 +7,7 @@ import runpy
 import subprocess
 import sys
 import types
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -209,8 +209,8 @@ def test_a_head_in_the_last_convolution(out, shape, residual, dtype, on_a_cpu):
     slices = {name: plan.Slice(name, 0, out) for name in ("x", "out")}
     slices |= {"taps": plan.Slice("taps", 0, plan.TAPS), "threshold": plan.Slice("threshold", 0, 1)}
     slices |= {name: plan.Slice(name, 0, 1) for name in ("logits", "mask")}
-    step = plan.Convolve(0, "3x3", 3, (slices["x"],), slices["out"], residual=residual)
-    step = replace(step, taps=plan.Taps("head", slices["taps"]))
+    taps = plan.Taps("head", slices["taps"])
+    step = plan.Convolve(0, "3x3", 3, (slices["x"],), slices["out"], residual=residual, taps=taps)
     assert sm90a.fuses(step, dtype)
     weights = {"3x3": (torch.randn(out, out, 3, 3) / (9 * out) ** 0.5, torch.randn(out))}
     weights["head"] = torch.randn(1, out, 3, 3) / (9 * out) ** 0.5, torch.randn(1)
