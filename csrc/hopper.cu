@@ -840,7 +840,7 @@ int scale<SCOAT_TYPE>(const Scaling& s, void* stream) {
 
 template <>
 int gate_sums<SCOAT_TYPE>(const GateSums& g, void* stream) {
-  if (g.below.channels % 8 || g.below.channels > 8 * SUMMED) return cudaErrorInvalidValue;
+  if (!has_gate_sums(g.below.channels)) return cudaErrorInvalidValue;
   const int64_t blocks = g.n * ((g.h * g.w + SUMMED - 1) / SUMMED);
   const int bytes = (SUMMED + SUMMED / int(g.below.channels / 8) * int(g.below.channels)) * 4;
   return blocks == 0 ? cudaSuccess : launch(sum_gated<SCOAT_TYPE>, blocks, SUMMED, bytes, stream, g);

@@ -113,6 +113,8 @@ struct Scaling {
 
 constexpr int SUMMED = 256;  // pixels of a part
 
+constexpr bool has_gate_sums(int64_t channels) { return channels % 8 == 0 && channels <= 8 * SUMMED; }
+
 // sums [N, parts, sum_channels] = the sums of (1 + attention) * up(below) over all of its pixels, in parts of SUMMED of
 // the pixels of `below`: as those of below times what up gives each of its pixels to, nothing is upsampled.
 struct GateSums {

@@ -134,6 +134,7 @@ void define(py::module_& module) {
   all.def("why_not", &why_not<BFloat>);
   all.def("has_kernel", &has_kernel);
   all.def("has_taps", &has_taps);
+  all.def("has_gate_sums", &has_gate_sums);
   all.def("cut", [](int channels, bool shortcut) {
     const Cut cut = cut_of(channels, shortcut);
     return std::array<int, 5>{cut.height, cut.width, cut.depth, cut.slots, cut.zeros};

@@ -82,7 +82,7 @@ def fuses(step: Convolve, dtype: torch.dtype) -> bool:
         return False
     if step.taps is not None:
         return _native._C.hopper.has_taps(step.out.channels) and not planes
-    return step.shortcut is not None and step.below.channels <= 8 * _native._C.hopper.SUMMED  # which gate_sums takes
+    return step.shortcut is not None and _native._C.hopper.has_gate_sums(step.below.channels)
 
 
 def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> str:
