@@ -47,7 +47,7 @@ struct Form {
   using Out = std::conditional_t<WIDE && !SHORTCUT_, Wide, T>;
   using ShortcutOut = std::conditional_t<WIDE, Wide, T>;
   static constexpr int CHANNELS = CHANNELS_, SIZE = sizeof(T);
-  static constexpr bool SHORTCUT = SHORTCUT_, TAPPED = TAPPED_, BLOCKED = CHANNELS == MOST;
+  static constexpr bool SHORTCUT = SHORTCUT_, TAPPED = TAPPED_, BLOCKED = CHANNELS >= 64 && !TAPPED;
   static constexpr Cut CUT = cut_of(CHANNELS, SHORTCUT);
   static constexpr int ROWS = CUT.rows(), JOINED = CUT.joined(), DEPTH = CUT.depth;
   static constexpr int HEIGHT = CUT.height + 2, STEPS = DEPTH * SIZE / 32, SPAN = PLANES ? 16 : DEPTH * SIZE;
@@ -67,13 +67,14 @@ struct Form {
   static constexpr int SHARED = STAGES * STRIDE + REST;
   static constexpr int VALUES = CHANNELS / 2;  // of a row of output, in a thread
 
+  static_assert(CHANNELS == CUT.outputs);
   static_assert(STAGES >= 2 && 2 * (STAGES + LOWS) * 16 <= BARRIER_BYTES);
   static_assert(HEIGHT % BOXES == 0 && PIXEL_BYTES % 128 == 0 && ROWS % JOINED == 0);
 };
 
 struct Parameters {
   CUtensorMap maps[SOURCES + 1];  // the last one of what gets upsampled
-  int chunks[SOURCES + 1];        // of DEPTH channels
+  int chunks[SOURCES + 1];        // of DEPTH channels, the last one perhaps of fewer
   int h, w, across, down, blocks;
   int64_t tiles;  // of all blocks
   Weights weights, shortcut;
@@ -766,7 +767,7 @@ template <typename F>
 int launch_form(const Convolution& c, void* stream) {
   Parameters p{};
   const auto take = [&](int i, const Features& x, int64_t h, int64_t w, const int (&box)[3], int span) {
-    p.chunks[i] = x.data ? int(x.channels / F::DEPTH) : 0;
+    p.chunks[i] = x.data ? int((x.channels + F::DEPTH - 1) / F::DEPTH) : 0;
     return x.data ? encode<typename F::T>(&p.maps[i], x.data, {x.n, x.h, x.w}, c.n, h, w, x.channels, box, span) : 0;
   };
   for (int i = 0; i < SOURCES; ++i)
@@ -808,11 +809,11 @@ int launch_shortcut(const Convolution& c, void* stream) {
 
 template <typename T, int CHANNELS>
 int launch_channels(const Convolution& c, void* stream) {
-  if constexpr (!has_kernel(CHANNELS, sizeof(T)))
-    return cudaErrorInvalidValue;
-  else
-    return c.shortcut.weights ? launch_shortcut<T, CHANNELS, true>(c, stream)
-                              : launch_shortcut<T, CHANNELS, false>(c, stream);
+  if constexpr (has_kernel(CHANNELS, sizeof(T))) {
+    if (!c.shortcut.weights) return launch_shortcut<T, CHANNELS, false>(c, stream);
+    if constexpr (cut_of(CHANNELS, true).outputs == CHANNELS) return launch_shortcut<T, CHANNELS, true>(c, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -820,14 +821,17 @@ int launch_channels(const Convolution& c, void* stream) {
 template <>
 int convolve<SCOAT_TYPE>(const Convolution& c, void* stream) {
   if (c.n == 0) return cudaSuccess;
-  if (c.channels % MOST == 0) return launch_channels<SCOAT_TYPE, MOST>(c, stream);
-  switch (c.channels) {
+  if (!has_kernel(c.channels, sizeof(SCOAT_TYPE)) || (c.taps.data && !has_taps(c.channels)))
+    return cudaErrorInvalidValue;
+  switch (cut_of(c.channels, c.shortcut.weights).outputs) {
     case 16:
       return launch_channels<SCOAT_TYPE, 16>(c, stream);
     case 32:
       return launch_channels<SCOAT_TYPE, 32>(c, stream);
     case 64:
       return launch_channels<SCOAT_TYPE, 64>(c, stream);
+    case 128:
+      return launch_channels<SCOAT_TYPE, 128>(c, stream);
   }
   return cudaErrorInvalidValue;
 }

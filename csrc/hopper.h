@@ -70,12 +70,12 @@ constexpr int WIDTH = 64;          // pixels of a tile, which are the rows of a 
 constexpr int GROUPS = 2;          // warpgroups that multiply
 constexpr int TAPS = 10;           // of a head for one class, and one of zeros, so that they are pairs
 constexpr int ACCUMULATORS = 128;  // registers of a thread
-constexpr int MOST = 128;          // outputs of a kernel, which computes more of them in blocks of so many
 
-// How the kernel for `channels` outputs cuts its work.
+// How a kernel cuts its work.
 struct Cut {
+  int outputs;        // channels of a block of the result: more are computed block by block
   int height, width;  // pixels of a tile
-  int depth;          // channels of a source that are multiplied at once: each source has a multiple of these
+  int depth;          // channels of a source that are multiplied at once: zeros fill up what a source has less
   int slots;          // vertical taps of a slice of the weights, those that are zero included
   int zeros;          // of which so many come first, and as many last
 
@@ -87,16 +87,18 @@ struct Cut {
 
 // For numbers of `size` bytes: a product takes 32 bytes of channels.
 constexpr bool has_kernel(int64_t channels, int size) {
-  return (channels == 16 && size == 2) || channels == 32 || channels == 64 || (channels > 0 && channels % MOST == 0);
+  return (channels == 16 && size == 2) || channels == 32 || (channels > 0 && channels % 64 == 0);
 }
 
 // Whether the kernel for `channels` outputs has one that gives taps in its place: for more there are no registers.
 constexpr bool has_taps(int64_t channels) { return channels <= 64; }
 
-constexpr Cut cut_of(int outputs, bool shortcut) {
-  const int channels = outputs < MOST ? outputs : MOST;
-  const int most = 2 * ACCUMULATORS / channels / (shortcut ? 2 : 1), zeros = channels <= 32 ? 1 : 0;
-  return {GROUPS * (most < 8 ? most : 8), WIDTH, channels == 16 ? 16 : 32, 3 + 2 * zeros, zeros};
+// A shortcut's sums leave room for half as many others. So its blocks are narrow, and of more pixels: each of a tile's
+// weights comes from the L2 cache, and would be too rarely used.
+constexpr Cut cut_of(int channels, bool shortcut) {
+  const int outputs = channels < 64 ? channels : channels % 128 == 0 && !shortcut ? 128 : 64;
+  const int most = 2 * ACCUMULATORS / outputs / (shortcut ? 2 : 1), zeros = outputs <= 32 ? 1 : 0;
+  return {outputs, GROUPS * (most < 8 ? most : 8), WIDTH, outputs == 16 ? 16 : 32, 3 + 2 * zeros, zeros};
 }
 
 // out = weights * scale for each of n slices: `vectors` of as many numbers as fill 16 bytes, which lie as `Form` lays

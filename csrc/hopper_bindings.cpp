@@ -137,11 +137,10 @@ void define(py::module_& module) {
   all.def("has_gate_sums", &has_gate_sums);
   all.def("cut", [](int channels, bool shortcut) {
     const Cut cut = cut_of(channels, shortcut);
-    return std::array<int, 5>{cut.height, cut.width, cut.depth, cut.slots, cut.zeros};
+    return std::array<int, 6>{cut.outputs, cut.height, cut.width, cut.depth, cut.slots, cut.zeros};
   });
   all.attr("SUMMED") = SUMMED;
   all.attr("GROUPS") = GROUPS;
-  all.attr("MOST") = MOST;
   auto half = all.def_submodule("float16"), bfloat = all.def_submodule("bfloat16");
   auto eight = all.def_submodule("float8_e4m3fn");
   define_for<Half>(half);

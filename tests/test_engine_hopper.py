@@ -7,7 +7,7 @@ import runpy
 import subprocess
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -120,6 +120,9 @@ CASES = [
     Case((64,), 384, (1, 2, 3), residual="after"),  # a stage's weights would be those of the block before
     Case((128,), 384, (1, 2, 3)),
     Case((32,), 256, (2, 2, 66), below=64, attention=True, shortcut=True),
+    Case((16,), 32, (1, 17, 66), residual="before"),  # less than what is multiplied at once
+    Case((48, 16), 64, (1, 6, 66), below=80, attention=True, shortcut=True),
+    Case((112,), 192, (2, 2, 66), pooled=True, sums=True),
 ]
 
 
@@ -330,10 +333,12 @@ def test_what_it_refuses(on_a_cpu, monkeypatch):
         scoat_fast.compile(SCOATNet(width=16), dtype=torch.bfloat16, backend="sm90a")
     steps = plan.build(SCOATNet(width=16)).steps
     reasons = {sm90a.why_triton(step, torch.bfloat16) for step in steps}
-    assert "takes 1 channels, and multiples of 16 are wanted" in reasons
-    assert "takes 16 channels, and multiples of 32 are wanted" in reasons
+    assert "takes 1 channels, and multiples of 8 are wanted" in reasons
+    narrow = [replace(step, sources=(plan.Slice("x", 0, 8),)) for step in steps if getattr(step, "scale", None)]
+    reasons = {sm90a.why_triton(step, torch.bfloat16) for step in narrow}
+    assert "takes 8 channels, and multiples of 32 are wanted" in reasons
     reasons = {sm90a.why_triton(step, FLOAT8) for step in steps}
-    assert "gives 16 channels, and there are kernels for 32, 64 and multiples of 128" in reasons
+    assert "gives 16 channels, and there are kernels for 32 and multiples of 64" in reasons
     first = plan.build(SCOATNet(in_channels=32)).steps[0]
     assert sm90a.why_triton(first, torch.bfloat16) == "takes what the network is given"
 
@@ -353,7 +358,7 @@ def test_a_step_is_named_with_its_tile_or_with_why_it_runs_in_triton(on_a_cpu):
     names = [sm90a.kernel(step, 512 >> step.level, device, torch.bfloat16) for step in steps]
     assert "convolve_tiles 8x64 pixels, 32 channels at once" in names
     assert "scale, convolve_tiles 4x64 pixels, 32 channels at once" in names
-    assert any(name.endswith("(not sm90a: it takes 1 channels, and multiples of 32 are wanted)") for name in names)
+    assert any(name.endswith("(not sm90a: it takes 1 channels, and multiples of 8 are wanted)") for name in names)
     assert "up_forward" in names
 
 
@@ -378,9 +383,9 @@ def machine_code() -> dict[str, tuple[str, str]]:
     if not hasattr(native._C, "hopper") or disassembler() is None:
         pytest.skip("needs an extension with code for Hopper, and cuobjdump")
     found = machine_code_of("sm_90a", "convolve_tiles")
-    # with a shortcut and without: bfloat16 in four counts of channels and two ways to lie, float16 in one of them, and
-    # float8 in three counts, with a wide result and without; and for up to 64 channels with taps
-    assert len(found) == 2 * (8 + 4 + 6) + 3 + 3 + 2
+    # without a shortcut: bfloat16 in four counts of channels and two ways to lie, float16 in one of them, and float8 in
+    # three counts, with a wide result and without; for up to 64 channels also with a shortcut, and with taps
+    assert len(found) == 8 + 4 + 6 + 6 + 3 + 4 + 3 + 3 + 2
     return found
 
 

@@ -47,12 +47,12 @@ def why_triton(step: Step, dtype: torch.dtype) -> str | None:
     if not isinstance(step, Convolve) or step.size != 3:
         return "is no 3x3 convolution"
     if not _native._C.hopper.has_kernel(step.out.channels, dtype.itemsize):
-        counts = "32, 64 and multiples of 128" if dtype == FLOAT8 else "16, 32, 64 and multiples of 128"
+        counts = "32 and multiples of 64" if dtype == FLOAT8 else "16, 32 and multiples of 64"
         return f"gives {step.out.channels} channels, and there are kernels for {counts}"
-    depth = _cut(step).depth
-    if any(used.channels % depth for used in step.inputs):
+    at_once = 16 // dtype.itemsize if step.scale is None else _cut(step).depth
+    if any(used.channels % at_once for used in step.inputs):
         counts = " + ".join(str(used.channels) for used in step.inputs)
-        return f"takes {counts} channels, and multiples of {depth} are wanted"
+        return f"takes {counts} channels, and multiples of {at_once} are wanted"
     if step.sources[0].buffer == "input":  # of another dtype than what comes after it, in an engine of float8
         return "takes what the network is given"
     return None
@@ -114,7 +114,8 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
     for name, scaled in names:
         weight, bias = weights[name]
         weight, unit = in_units(weight) if dtype == FLOAT8 else (weight, 1.0)
-        rounded = _packed(weight, _cut(step), 32 // dtype.itemsize).to(device, torch.float32 if scaled else dtype)
+        laid_out = _packed(weight, [used.channels for used in step.inputs], _cut(step), 32 // dtype.itemsize)
+        rounded = laid_out.to(device, torch.float32 if scaled else dtype)
         packed[name] = rounded, (bias / unit).to(device, torch.float32), unit
     if step.taps is not None:
         packed[step.taps.weights] = (_fragments(weights[step.taps.weights][0]).to(device, dtype_of("wide", dtype)),)
@@ -226,23 +227,26 @@ def _functions(dtype: torch.dtype) -> ModuleType:
 class _Cut(tuple):
     """How a kernel cuts its work, from ``csrc/hopper.h``."""
 
-    height, width, depth, slots, zeros = (property(lambda self, i=i: self[i]) for i in range(5))
+    outputs, height, width, depth, slots, zeros = (property(lambda self, i=i: self[i]) for i in range(6))
 
 
 def _cut(step: Convolve) -> _Cut:
     return _Cut(_native._C.hopper.cut(step.out.channels, step.shortcut is not None))
 
 
-def _packed(weight: Tensor, cut: _Cut, at_once: int) -> Tensor:
+def _packed(weight: Tensor, counts: list[int], cut: _Cut, at_once: int) -> Tensor:
     """[out, in, k, k] as [blocks, chunks, horizontal taps, depth / at_once, 2, slots, out / blocks, at_once / 2].
 
-    A product takes so many channels ``at_once``, 32 bytes of them. The last vertical tap comes first.
+    A product takes so many channels ``at_once``, 32 bytes of them. Each source has ``counts`` of them, and zeros to
+    whole chunks. The last vertical tap comes first.
     """
+    sources = weight.split(counts, 1)
+    weight = torch.cat([F.pad(source, (0, 0, 0, 0, 0, -source.shape[1] % cut.depth)) for source in sources], 1)
     out, channels, size, _ = weight.shape
     if size == 3:
         zeros = weight.new_zeros(out, channels, cut.zeros, 3)
         weight = torch.cat([zeros, weight.flip(2), zeros], 2)
-    blocks = weight.unflatten(0, (-1, min(out, _native._C.hopper.MOST)))
+    blocks = weight.unflatten(0, (-1, cut.outputs))
     chunks = blocks.unflatten(2, (channels // cut.depth, cut.depth // at_once, 2, at_once // 2))
     return chunks.permute(0, 2, 7, 3, 4, 6, 1, 5).contiguous()
 
