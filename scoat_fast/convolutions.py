@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops._backend import stock_only, without_autocast
 from .winograd import weight_gradient, why_not
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -24,9 +25,9 @@ def convolution(x: Tensor, spatial: nn.Module) -> Tensor:
 
     A module that somebody has put in its place, hung hooks on or given another method is called.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or why_not(x) is not None:
         return spatial(x)
-    if why_not(x) is not None or not _is_plain(spatial, 3):
+    if torch.is_autocast_enabled(x.device.type) or not _is_plain(spatial, 3):
         return spatial(x)
     return _Convolution.apply(x, spatial.weight, spatial.bias)
 
@@ -37,18 +38,23 @@ def two_convolutions(x: Tensor, spatial: nn.Module, pointwise: nn.Module) -> tup
     [N, C, H, W] -> [N, D, H, W] each. Modules that somebody has put in their place, hung hooks on or given another
     method are called.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or stock_only():
         return spatial(x), pointwise(x)
     if not _is_plain(spatial, 3) or not _is_plain(pointwise, 1):
         return spatial(x), pointwise(x)
     return _TwoConvolutions.apply(x, spatial.weight, spatial.bias, pointwise.weight, pointwise.bias)
 
 
-def _is_plain(module: nn.Module, side: int) -> bool:
-    """Whether a module does what its weight says and nothing else: a convolution that keeps height and width."""
-    if type(module) is not nn.Conv2d or any(getattr(module, name) for name in HOOKS):
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of a kind and does what its weights say: nobody has replaced it, or hung hooks on it."""
+    if type(module) is not kind or any(getattr(module, name) for name in HOOKS):
         return False
-    if any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS) or vars(module).keys() & METHODS:
+    return not any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS) and not vars(module).keys() & METHODS
+
+
+def _is_plain(module: nn.Module, side: int) -> bool:
+    """Whether a module is an untouched convolution that keeps height and width."""
+    if not is_untouched(module, nn.Conv2d):
         return False
     options = module.kernel_size, module.padding, module.stride, module.dilation, module.groups, module.padding_mode
     return options == ((side, side), (side // 2, side // 2), (1, 1), (1, 1), 1, "zeros")
@@ -65,7 +71,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device.type):
             x, weight = ctx.saved_tensors
             of_x, *wanted = ctx.needs_input_grad
             dx = F.conv_transpose2d(dy, weight, padding=1) if of_x else None
@@ -84,7 +90,7 @@ class _TwoConvolutions(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy3: Tensor, dy1: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(dy3.device.type, enabled=False):  # dtypes are those of the forward pass
+        with without_autocast(dy3.device.type):  # dtypes are those of the forward pass
             x, w3, w1 = (tensor.to(dy3.dtype) for tensor in ctx.saved_tensors)
             n, c, h, w = x.shape
             of_x, *wanted = ctx.needs_input_grad

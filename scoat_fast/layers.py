@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolutions import convolution, two_convolutions
+from .convolutions import convolution, is_untouched, two_convolutions
 from .ops import batch_norm_relu, channel_gate, spatial_gate, upsample
+from .ops._backend import stock_only
 from .ops.batch_norm_relu.op import normalize_again
 from .recompute import forget
 
@@ -24,7 +25,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, H, W], and the same -> the same."""
         own_statistics = self.training or self.running_mean is None
-        if not own_statistics or self.weight is None or torch.compiler.is_exporting():
+        if not own_statistics or self.weight is None or stock_only():
             return _relu_of_sum(super().forward(x), residual)
         weight, bias = self.weight, self.bias  # once: a parametrization may draw them anew
         y, mean, var = batch_norm_relu(x, weight, bias, residual, self.eps)
@@ -99,7 +100,16 @@ class ChannelAttention(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:  # [N, C, H, W], [N, C] -> [N, C, H, W]
+    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] and, where they are known, its means over the pixels [N, C] -> [N, C, H, W].
+
+        Where somebody has replaced one of the layers or hung hooks on one, all of them are called.
+        """
+        kinds = (nn.Sequential, nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
+        layers = (self.fc, *self.fc)
+        if len(layers) != len(kinds) or not all(map(is_untouched, layers, kinds)):
+            means = x.mean((2, 3)) if means is None else means.to(x.dtype)
+            return x * self.fc(means)[:, :, None, None]
         given = (x, self.fc[0].weight, self.fc[2].weight, *(() if means is None else (means,)))
         return forget(channel_gate(*given), channel_gate, *given)
 
@@ -178,4 +188,5 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:  # [N, C, H, W] -> [N, 
     """Repeats the last row and column until height and width are multiples of ``multiple``."""
     height, width = x.shape[-2:]
     bottom, right = -height % multiple, -width % multiple
-    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+    wanted = torch.jit.is_tracing() or bottom or right  # a trace is for any size
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if wanted else x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .layers import (
@@ -133,7 +134,8 @@ class SCOATNet(nn.Module):
             the network's answer. With ``return_attention``, that and a dict from "x11", "x21", "x31", "x12", "x22",
             "x13" to maps [N, 1, ceil(H / 2**i), ceil(W / 2**i)] in 0..1, where i is the name's first digit.
         """
-        if input.ndim != 4 or input.shape[1] != self.in_channels or 0 in input.shape[2:]:
+        fits = torch.jit.is_tracing() or (input.shape[1:2] == (self.in_channels,) and 0 not in input.shape[2:])
+        if input.ndim != 4 or not fits:
             raise ValueError(f"SCOATNet wants [N, {self.in_channels}, H, W], got {tuple(input.shape)}")
         height, width = input.shape[2:]
         with recomputing():

@@ -17,16 +17,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .ops._backend import stock_only
+
 _local = threading.local()  # by the place in memory, .recipes of results and, while it lives, .kept of a tensor
 
 
 def recomputing() -> contextlib.AbstractContextManager:
     """Within, what ``forget`` names is not kept for the backward pass.
 
-    Changes nothing where no gradient is wanted, under ``torch.compile``, which decides by itself what to keep, and
-    where hooks are forbidden (``torch.autograd.graph.disable_saved_tensors_hooks``).
+    Changes nothing where no gradient is wanted, under ``torch.compile``, which decides by itself what to keep, where
+    only standard operators are known (see ``stock_only``), and where hooks are forbidden
+    (``torch.autograd.graph.disable_saved_tensors_hooks``).
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or stock_only():
         return contextlib.nullcontext()
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():
         return contextlib.nullcontext()
@@ -46,7 +49,8 @@ def _recomputing():
 
 def forget(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``result``, which ``make(*inputs)`` gives again, bit for bit; ``make`` then runs without gradients."""
-    plain = type(result).__torch_dispatch__ is Tensor.__torch_dispatch__  # else it only stands for a tensor
+    # else it only stands for a tensor
+    plain = type(result).__torch_dispatch__ is Tensor.__torch_dispatch__ and not result.is_meta
     if plain and not torch.compiler.is_compiling():
         recipes = getattr(_local, "recipes", None)
         if recipes is not None:

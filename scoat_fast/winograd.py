@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .ops._backend import disabled
+from .ops._backend import disabled, stock_only
 
 TILES = 24  # that are transformed at once
 # Channels of the input and tiles of a batch from which on this is faster than stock PyTorch.
@@ -34,12 +33,12 @@ def why_not(x: Tensor) -> str | None:
     """Why ``weight_gradient`` does not run for an input, or None where it does."""
     if (reason := why_not_here()) is not None:
         return reason
-    # it reads memory, and so nothing that stands for a tensor, records what is done to one or differentiates forwards
+    # it reads memory, and so nothing that stands for a tensor or records what is done to one
     plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
-    if not plain or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if not plain or torch._C._len_torch_dispatch_stack():
         return "wants a plain tensor"
-    if forward_ad._current_level >= 0:
-        return "has no forward derivative"
+    if stock_only():
+        return "is no standard operator, which a transform or a trace wants"
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return f"wants float32 on cpu, got {str(x.dtype)[6:]} on {x.device}"
     if not x.is_contiguous(memory_format=torch.channels_last):

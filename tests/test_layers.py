@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from scoat_fast import SCOATNet
 from scoat_fast.bench.eager import EagerSCOATNet
-from scoat_fast.layers import BatchNormReLU2d, norm_relu
+from scoat_fast.layers import BatchNormReLU2d, ChannelAttention, norm_relu
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-3}, {"affine": False},
@@ -39,6 +40,40 @@ def test_it_is_the_stock_layer_then_relu(options, with_residual, dtype):
             torch.testing.assert_close(a, b, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-5)
         for name, value in stock.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+class Doubled(nn.Linear):
+    """As an adapter: more than its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["means", "no means"])
+def test_layers_of_excitation_that_are_replaced_or_hooked_are_called(known):
+    torch.manual_seed(3)
+    ours, x = ChannelAttention(32).double(), torch.rand(2, 32, 5, 7, dtype=torch.float64)
+    nn.init.uniform_(ours.fc[0].weight)  # none of which is dead behind its ReLU
+    means = x.mean((2, 3)) if known else None
+
+    def expected():
+        return x * ours.fc(x.mean((2, 3)))[:, :, None, None]
+
+    torch.testing.assert_close(ours(x, means), expected())
+    before, called = expected(), []
+    hook = ours.fc.register_forward_hook(lambda module, given, y: called.append(y))
+    ours(x, means)
+    assert called
+    hook.remove()
+    prune.l1_unstructured(ours.fc[0], "weight", 0.5)  # a hook that makes the weight
+    with torch.no_grad():
+        ours.fc[0].weight_orig.mul_(3)
+    torch.testing.assert_close(ours(x, means), expected())
+    ours.fc[2].__class__ = Doubled
+    torch.testing.assert_close(ours(x, means), expected())
+    assert (expected() - before).abs().max() > 0.01
+    ours.fc = nn.Sequential(nn.Linear(32, 32), nn.Sigmoid()).double()
+    torch.testing.assert_close(ours(x, means), expected())
 
 
 def test_one_value_a_channel_is_refused_in_training_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -322,6 +323,66 @@ def test_exports_to_onnx_in_standard_operators(net):
     (output,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
     expected = net(x).detach()
     assert (torch.from_numpy(output) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_trace_is_for_any_size_and_needs_nothing_of_ours(net):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(net, torch.rand(2, 1, 32, 48))
+    assert {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()} == {"aten", "prim"}
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for size in ((2, 1, 32, 48), (1, 1, 50, 70), (3, 1, 17, 1)):
+        x = torch.rand(size)
+        torch.testing.assert_close(loaded(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_older_onnx_exporter(net):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    file, free = io.BytesIO(), {0: "n", 2: "h", 3: "w"}
+    options = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": free, "y": free}}
+    torch.onnx.export(net, (torch.rand(1, 1, 32, 48),), file, dynamo=False, **options)
+    assert {node.domain for node in onnx.load_from_string(file.getvalue()).graph.node} == {""}
+    session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    x = torch.rand(2, 1, 50, 70)
+    (output,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), net(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_transforms_of_torch_func(layout):
+    """Gradients, those of each sample, an ensemble, and a derivative forwards."""
+    torch.manual_seed(3)
+    net, x = SCOATNet(width=3).double().eval(), torch.rand(2, 1, 16, 32, dtype=torch.float64)
+    x = x.contiguous(memory_format=layout)
+    weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def total(weights, x):
+        return torch.func.functional_call(net, weights, (x,)).square().sum()
+
+    total(dict(net.named_parameters()), x).backward()
+    expected = {name: parameter.grad for name, parameter in net.named_parameters()}
+    apart = torch.func.vmap(torch.func.grad(total), (None, 0))(weights, x[:, None])
+    for name, grad in torch.func.grad(total)(weights, x).items():
+        torch.testing.assert_close(grad, expected[name])
+        torch.testing.assert_close(apart[name].sum(0), expected[name])
+    others = {name: 1.1 * value for name, value in weights.items()}
+    both = torch.func.vmap(total, (0, None))({name: torch.stack([weights[name], others[name]]) for name in weights}, x)
+    torch.testing.assert_close(both, torch.stack([total(weights, x), total(others, x)]))
+    direction = torch.rand_like(x)
+    _, forwards = torch.func.jvp(lambda x: total(weights, x), (x,), (direction,))
+    along = x.clone().requires_grad_()
+    total(weights, along).backward()
+    torch.testing.assert_close(forwards, (along.grad * direction).sum())
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        net, x = SCOATNet(width=4), torch.rand(2, 1, 33, 48)
+    net(x).sum().backward()
+    assert net.conv0_0.conv1.weight.grad.is_meta and net(x).shape == x.shape
 
 
 def test_compiles_as_one_graph_with_dynamic_shapes(net):

@@ -23,9 +23,9 @@ MAY_IMPORT = {
     "files": {"errors"},
     "imaging": {"errors", "files"},
     "ops": {"_C", "errors"},
-    "recompute": set(),
+    "recompute": {"ops"},
     "winograd": {"_C", "ops"},
-    "convolutions": {"winograd"},
+    "convolutions": {"ops", "winograd"},
     "layers": {"convolutions", "ops", "recompute"},
     "model": {"layers", "pretrained", "recompute"},  # from_pretrained, inside the function
     "pretrained": {"errors", "files", "imaging", "model", "weights"},

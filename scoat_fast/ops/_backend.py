@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
+import torch
+from torch.autograd import forward_ad
+
 from ..errors import ScoatFastError
 from . import _verdict
 
@@ -52,6 +55,24 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def stock_only() -> bool:
+    """Whether what runs now is written down or transformed by what knows standard operators alone.
+
+    That is a program of ``torch.export``, a trace of ``torch.jit`` (and so the older ONNX exporter), a transform of
+    ``torch.func`` such as ``vmap``, or a derivative forwards.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or torch.jit.is_tracing()
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Within, dtypes stay as they are, also on a device that has no autocast, such as "meta"."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 def choose(op: str, *args) -> ModuleType:

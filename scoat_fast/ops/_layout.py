@@ -17,6 +17,9 @@ def is_channels_last(x: Tensor) -> bool:
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """The format of a result that is laid out as ``x``."""
+    if torch.jit.is_tracing():  # sizes are tensors there, and not to be looked at
+        dense = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return torch.channels_last if dense else torch.contiguous_format
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 

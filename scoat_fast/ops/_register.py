@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from ._backend import choose
+from ._backend import choose, stock_only, without_autocast
 from ._samples import Sample
 
 NAMESPACE = "scoat_fast"
@@ -49,14 +49,16 @@ def register(
     setup_context: Callable,
     backward: Callable,
     autocast: Callable,
-) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
-    """Registers ``name`` and ``name_backward``; returns their overloads.
+    reference: Callable,
+) -> tuple[Callable, torch._ops.OpOverload, torch._ops.OpOverload]:
+    """Registers ``name`` and ``name_backward``; returns what runs the former, and the overloads of both.
 
     Args:
         check: raises ValueError for arguments that do not fit; it runs inside the operator, behind autocast.
         outputs: arguments to uninitialised outputs, of which sizes, strides and dtypes are the operator's promise.
         autocast: takes the arguments and a function that casts a tensor to the dtype of the autocast region, and
             returns the arguments as stock torch would cast them for a convolution.
+        reference: the same in standard operators, for where only those are known (see ``stock_only``).
     """
 
     def forward(*args):
@@ -68,7 +70,7 @@ def register(
         return outputs(*args)
 
     def run_backward(*args):
-        with torch.autocast(args[0].device.type, enabled=False):  # dtypes are those of the forward pass
+        with without_autocast(args[0].device.type):  # dtypes are those of the forward pass
             return choose(name, *args).backward(*args)
 
     for op, its_schema, run, its_fake in (
@@ -83,7 +85,15 @@ def register(
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(name, _with_autocast(overload, device, key, autocast), key)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
-    return overload, overload_backward
+
+    def run(*args):
+        if not stock_only():
+            return overload(*args)
+        if not torch.jit.is_tracing():  # sizes are tensors there, which a comparison would freeze
+            check(*args)
+        return reference(*args)
+
+    return run, overload, overload_backward
 
 
 def _with_autocast(overload, device: str, key: str, autocast: Callable) -> Callable:

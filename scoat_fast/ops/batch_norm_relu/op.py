@@ -36,9 +36,6 @@ def batch_norm_relu(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit, or a channel has fewer than two values.
     """
-    if torch.compiler.is_exporting():  # exported programs hold standard operators alone
-        check(x, weight, bias, residual, eps)
-        return reference.forward(x, weight, bias, residual, eps)
     return _forward(x, weight, bias, residual, eps)
 
 
@@ -101,7 +98,7 @@ def _backward(ctx, dout: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     return *grads[:3], grads[3] if ctx.has_residual else None, None
 
 
-_forward, _backward_overload = register(
+_forward, _overload, _backward_overload = register(
     "batch_norm_relu",
     "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor)",
     "(Tensor dout, Tensor x, Tensor out, Tensor weight, Tensor mean, Tensor var, float eps, bool has_residual) "
@@ -119,6 +116,7 @@ _forward, _backward_overload = register(
         None if residual is None else residual.to(x.dtype),
         eps,
     ),
+    reference.forward,
 )
 
 
@@ -128,4 +126,4 @@ def _stock(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = No
     return F.relu(out if residual is None else out + residual), mean, var
 
 
-OPERATION = Operation("batch_norm_relu", batch_norm_relu, _forward, _stock)
+OPERATION = Operation("batch_norm_relu", batch_norm_relu, _overload, _stock)

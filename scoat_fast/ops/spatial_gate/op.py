@@ -39,11 +39,7 @@ def spatial_gate(
     Raises:
         ValueError: if shapes, dtypes or devices do not fit.
     """
-    if torch.compiler.is_exporting():  # exported programs hold standard operators alone
-        check(y, attention, list(row), return_means)
-        joined, means = reference.forward(y, attention, list(row), return_means)
-    else:
-        joined, means = _forward(y, attention, list(row), return_means)
+    joined, means = _forward(y, attention, list(row), return_means)
     return (joined, means) if return_means else joined
 
 
@@ -104,7 +100,7 @@ def _backward(
     return dy, dattention, list(drow), None
 
 
-_forward, _backward_overload = register(
+_forward, _overload, _backward_overload = register(
     "spatial_gate",
     "(Tensor y, Tensor attention, Tensor[] row, bool return_means) -> (Tensor, Tensor)",
     "(Tensor dout, Tensor? dmeans, Tensor y, Tensor attention) -> (Tensor, Tensor, Tensor)",
@@ -114,6 +110,7 @@ _forward, _backward_overload = register(
     _setup_context,
     _backward,
     lambda cast, y, attention, row, means: (cast(y), cast(attention), [cast(x) for x in row], means),
+    reference.forward,
 )
 
 
@@ -126,4 +123,4 @@ def _stock(
     return (joined, joined.mean((2, 3))) if return_means else joined
 
 
-OPERATION = Operation("spatial_gate", spatial_gate, _forward, _stock)
+OPERATION = Operation("spatial_gate", spatial_gate, _overload, _stock)

@@ -35,9 +35,6 @@ def upsample(y: Tensor, row: Sequence[Tensor] = ()) -> Tensor:  # [N, C, h, w] -
     Raises:
         ValueError: if shapes, dtypes or devices do not fit.
     """
-    if torch.compiler.is_exporting():  # exported programs hold standard operators alone
-        check(y, list(row))
-        return reference.forward(y, list(row))
     return _forward(y, list(row))
 
 
@@ -68,7 +65,7 @@ def _backward(ctx, dout: Tensor) -> tuple[Tensor, list[Tensor]]:
     return dy, drow
 
 
-_forward, _backward_overload = register(
+_forward, _overload, _backward_overload = register(
     "upsample",
     "(Tensor y, Tensor[] row) -> Tensor",
     "(Tensor dout) -> Tensor",
@@ -78,6 +75,7 @@ _forward, _backward_overload = register(
     _setup_context,
     _backward,
     lambda cast, y, row: (cast(y), [cast(x) for x in row]),
+    reference.forward,
 )
 
 
@@ -86,4 +84,4 @@ def _stock(y: Tensor, row: Sequence[Tensor] = ()) -> Tensor:
     return torch.cat([*row, up], 1) if row else up
 
 
-OPERATION = Operation("upsample", upsample, _forward, _stock)
+OPERATION = Operation("upsample", upsample, _overload, _stock)
