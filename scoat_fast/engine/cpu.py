@@ -73,10 +73,7 @@ def kernel(step: Step, width: int, device: torch.device, dtype: torch.dtype) -> 
 def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
     """Weights as panels, by name; those of 3x3 convolutions at the 36 points of a tile."""
     if isinstance(step, Convolve):
-        packed = {step.weights: _packed(*weights[step.weights])}
-        if step.shortcut is not None:
-            packed[step.shortcut.weights] = _packed(*weights[step.shortcut.weights])
-        return packed
+        return {name: _packed(*weights[name]) for name in step.products}
     if isinstance(step, Head):
         return {step.weights: _packed(*weights[step.weights])}
     if isinstance(step, Attend):

@@ -107,6 +107,12 @@ class Convolve:
     def channels(self) -> int:
         return sum(used.channels for used in self.inputs)
 
+    @property
+    def products(self) -> dict[str, bool]:
+        """The weights that multiply the inputs, its own and the shortcut's, and whether ``scale`` is for them."""
+        own = {self.weights: self.scale is not None}
+        return own if self.shortcut is None else own | {self.shortcut.weights: self.shortcut.scaled}
+
 
 @dataclass(frozen=True)
 class Attend:

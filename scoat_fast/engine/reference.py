@@ -49,7 +49,7 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
     products, others = [], []
     match step:
         case Convolve():
-            products = [step.weights, *([step.shortcut.weights] if step.shortcut else [])]
+            products = [*step.products]
             others = [step.taps.weights] if step.taps else []
         case Attend():
             products, others = [step.project], [step.weights]

@@ -107,11 +107,8 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
         return {}
     if isinstance(step, Head):
         return {step.weights: (weights[step.weights][1].to(device, torch.float32),)}
-    names = [(step.weights, step.scale is not None)]
-    if step.shortcut is not None:
-        names.append((step.shortcut.weights, step.shortcut.scaled))
     packed = {}
-    for name, scaled in names:
+    for name, scaled in step.products.items():
         weight, bias = weights[name]
         weight, unit = in_units(weight) if dtype == FLOAT8 else (weight, 1.0)
         laid_out = _packed(weight, [used.channels for used in step.inputs], _cut(step), 32 // dtype.itemsize)
@@ -197,19 +194,13 @@ def _matrices(step: Convolve, weights: Weights, view: View) -> tuple[list, list[
     calls: list[tuple[Callable, dict]] = []
     room = None if step.scaled is None else view(step.scaled)  # [N, rows, C]
     first, found = 0, []
-    for name, scaled, taps in (
-        (step.weights, step.scale is not None, 3),
-        (step.shortcut and step.shortcut.weights, step.shortcut is not None and step.shortcut.scaled, 1),
-    ):
-        if name is None:
-            found.append((0, 0, 0, 1.0))
-            continue
+    for name, scaled in step.products.items():
         packed, bias, unit = weights[name]
         if not scaled:
             found.append((packed.data_ptr(), 0, bias.data_ptr(), unit))
             continue
         scale, to = view(step.scale), room[:, first:]
-        _, chunks, _, steps, halves, slots, out, count = packed.shape
+        _, chunks, taps, steps, halves, slots, out, count = packed.shape
         arguments = {"n": len(room), "weights": packed.data_ptr(), "vectors": packed.numel() // count}
         arguments |= {"inner": slots * out, "taps": taps, "pieces": steps * halves, "chunks": chunks}
         arguments |= {"factors": scale.data_ptr(), "factors_step": scale.stride(0)}
@@ -217,7 +208,7 @@ def _matrices(step: Convolve, weights: Weights, view: View) -> tuple[list, list[
         calls.append((_functions(room.dtype).scale, arguments))
         found.append((to.data_ptr(), room.stride(0) * room.itemsize, bias.data_ptr(), unit))
         first += packed.numel() // room.shape[2]
-    return calls, found
+    return calls, found if step.shortcut else [*found, (0, 0, 0, 1.0)]
 
 
 def _functions(dtype: torch.dtype) -> ModuleType:

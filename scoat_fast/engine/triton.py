@@ -120,10 +120,7 @@ def prepare(step: Step, weights: Weights, device: torch.device, dtype: torch.dty
     if isinstance(step, Attend):
         psi, bias = (x.to(device, torch.float32).flatten() for x in weights[step.weights])
         return {step.project: _packed(*weights[step.project], device, dtype), step.weights: (psi, bias)}
-    names = [(step.weights, step.scale is not None)]
-    if step.shortcut is not None:
-        names.append((step.shortcut.weights, step.shortcut.scaled))
-    return {name: _packed(*weights[name], device, dtype, scaled) for name, scaled in names}
+    return {name: _packed(*weights[name], device, dtype, scaled) for name, scaled in step.products.items()}
 
 
 def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], None]:
