@@ -1,0 +1,7 @@
+"""``python -m scoat_fast.cli``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())
