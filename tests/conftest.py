@@ -28,6 +28,7 @@ from scoat_fast.pretrained import Pretrained, save
 from scoat_fast.train.data import COLUMNS
 
 torchvision_on_cpu.declare()
+torch.backends.cudnn.allow_tf32 = False  # float32 is what stock convolutions are compared in
 
 GOLDEN = Path(__file__).parent / "golden"
 ASYMMETRIC = np.array([[-0.9, 0, 0, 80], [0, -0.8, 0, 60], [0, 0, 2.5, -30], [0, 0, 0, 1.0]])  # LPS axes, mm

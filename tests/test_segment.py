@@ -61,7 +61,7 @@ def rows_of(output: Path) -> list[dict]:
 def test_segment_is_what_the_network_says(net, phantom, level):
     """Against a plain computation at the network's own size, where nothing is resized."""
     volume = np.kron(phantom.transpose(2, 1, 0)[:, :24, :24], np.ones((1, 2, 2)))  # [6, 48, 48], and 48 is the size
-    found = scoat_fast.segment(volume, (2.0, 0.7, 0.7), weights=net, threshold=level)
+    found = scoat_fast.segment(volume, (2.0, 0.7, 0.7), weights=net, threshold=level, device="cpu")
     grey = torch.from_numpy(((volume + 1250) / 1500).clip(0, 1)).float()[:, None]
     with torch.no_grad():
         expected = net(grey)[:, 0].sigmoid().numpy()
@@ -130,9 +130,9 @@ def test_memory_that_runs_out_halves_the_batch(net, phantom, monkeypatch, at_onc
 
     one, whole, zeros = Segmenter(net, batch_size=1), runner._Prepared.__call__, torch.zeros
     monkeypatch.setattr(runner.torch, "zeros", allocate)
+    segmenter = Segmenter(net, batch_size=6)
     if not at_once:
         monkeypatch.setattr(runner._Prepared, "__call__", run_out)
-    segmenter = Segmenter(net, batch_size=6)
     assert segmenter.stream.batch_size == (1 if at_once else 6)
     found = segmenter.segment(phantom, affine=ASYMMETRIC)
     assert segmenter.stream.batch_size == 1  # 6, 3, 1

@@ -36,6 +36,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, FLOAT8)
 CHECKED = ("triton",)
 # of the largest logit: further off than rounding takes two backends from each other (TF32 in stock convolutions, too)
 BOUND = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1, FLOAT8: 0.5}
+# what the libraries say that do not raise torch.OutOfMemoryError: CUDA, its driver, Triton; cuBLAS and cuDNN
+NO_MEMORY = ("out of memory", "out_of_memory", "alloc_failed")
 MASK_DICE = 0.99  # of two kernels for the same numbers
 BATCH_SIZES = {"cuda": (1, 8, 32), "cpu": (1,)}  # a CPU is not faster with more slices at once: they leave its caches
 SIZE = 512
@@ -146,11 +148,18 @@ def _why_failed(engine: Engine) -> str | None:
     """Why an engine does not get ready, or None where it does. Too little memory is no fault of a backend's."""
     try:
         engine.get_ready()
-    except (torch.OutOfMemoryError, ScoatFastError):
+    except ScoatFastError:
         raise
     except Exception as error:  # of a compiler or a driver, of any type
+        if is_out_of_memory(error):
+            raise
         return f"cannot run here: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a library says so, by its type or in its words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in NO_MEMORY)
 
 
 def _why_wrong(engine: Engine, stock: Engine) -> str | None:

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from ..engine.runner import compile as compile_network
+from ..engine.runner import is_out_of_memory
 from ..errors import ScoatFastError
 from ..imaging.grid import from_square, to_square
 from ..imaging.window import Window
 from ..model import SCOATNet
 
 BATCH = {"cuda": 32, "cpu": 1}  # more slices at once are slower on a CPU: their features leave its caches
-# what the libraries say that do not raise torch.OutOfMemoryError: CUDA, its driver, Triton; cuBLAS and cuDNN
-NO_MEMORY = ("out of memory", "out_of_memory", "alloc_failed")
 
 
 @dataclass
@@ -172,7 +171,7 @@ class Stream:
                     ready.record(torch.cuda.current_stream(self.device))
                 return results, ready
             except RuntimeError as error:
-                if not (_is_out_of_memory(error) and self._can_shrink):
+                if not (is_out_of_memory(error) and self._can_shrink):
                     raise
             self._shrink()  # here, where the error no longer holds what was computed
 
@@ -239,7 +238,7 @@ class Stream:
             self.engine = compile_network(self.net, batch_sizes=(self.batch_size, -(-self.batch_size // 4), 1))
             return
         except RuntimeError as error:
-            if not (_is_out_of_memory(error) and self._can_shrink):
+            if not (is_out_of_memory(error) and self._can_shrink):
                 raise
         self._shrink()
 
@@ -247,10 +246,6 @@ class Stream:
 def _one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A function of [N, C, H, W]; on a CPU of each slice alone, since there its bits depend on what is beside it."""
     return torch.cat([function(one) for one in x.split(1)]) if x.device.type == "cpu" and len(x) > 1 else function(x)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in NO_MEMORY)
 
 
 def _count(parts: list[_Part]) -> int:
