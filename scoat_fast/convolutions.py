@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops._backend import stock_only, without_autocast
+from .ops._backend import records, stock_only, without_autocast
 from .winograd import weight_gradient, why_not
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -25,9 +25,9 @@ def convolution(x: Tensor, spatial: nn.Module) -> Tensor:
 
     A module that somebody has put in its place, hung hooks on or given another method is called.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or why_not(x) is not None:
+    if torch.compiler.is_compiling() or not records() or why_not(x) is not None:
         return spatial(x)
-    if torch.is_autocast_enabled(x.device.type) or not _is_plain(spatial, 3):
+    if torch.is_autocast_enabled(x.device.type) or not _runs_here(spatial, 3):
         return spatial(x)
     return _Convolution.apply(x, spatial.weight, spatial.bias)
 
@@ -38,26 +38,32 @@ def two_convolutions(x: Tensor, spatial: nn.Module, pointwise: nn.Module) -> tup
     [N, C, H, W] -> [N, D, H, W] each. Modules that somebody has put in their place, hung hooks on or given another
     method are called.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or stock_only():
+    if torch.compiler.is_compiling() or not records() or stock_only():
         return spatial(x), pointwise(x)
-    if not _is_plain(spatial, 3) or not _is_plain(pointwise, 1):
+    if not _runs_here(spatial, 3) or not _runs_here(pointwise, 1):
         return spatial(x), pointwise(x)
     return _TwoConvolutions.apply(x, spatial.weight, spatial.bias, pointwise.weight, pointwise.bias)
 
 
+def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of a kind, and nobody has hung hooks on it or replaced its methods."""
+    own_hooks = any(getattr(module, name) for name in HOOKS)
+    return type(module) is kind and not own_hooks and not vars(module).keys() & METHODS
+
+
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of a kind and does what its weights say: nobody has replaced it, or hung hooks on it."""
-    if type(module) is not kind or any(getattr(module, name) for name in HOOKS):
-        return False
-    return not any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS) and not vars(module).keys() & METHODS
+    """Whether nobody sees it when a module's weights are used and it is not called: no hooks on all modules, either."""
+    return is_itself(module, kind) and not any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS)
 
 
-def _is_plain(module: nn.Module, side: int) -> bool:
-    """Whether a module is an untouched convolution that keeps height and width."""
-    if not is_untouched(module, nn.Conv2d):
-        return False
+def is_plain(module: nn.Module, side: int) -> bool:
+    """Whether a convolution has so long a side, and keeps height and width with a border of zeros."""
     options = module.kernel_size, module.padding, module.stride, module.dilation, module.groups, module.padding_mode
     return options == ((side, side), (side // 2, side // 2), (1, 1), (1, 1), 1, "zeros")
+
+
+def _runs_here(module: nn.Module, side: int) -> bool:
+    return is_untouched(module, nn.Conv2d) and is_plain(module, side)
 
 
 class _Convolution(torch.autograd.Function):

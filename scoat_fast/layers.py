@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolutions import convolution, is_untouched, two_convolutions
+from .convolutions import convolution, is_itself, is_plain, is_untouched, two_convolutions
 from .ops import batch_norm_relu, channel_gate, spatial_gate, upsample
 from .ops._backend import stock_only
 from .ops.batch_norm_relu.op import normalize_again
@@ -19,38 +19,32 @@ EQUATIONS = ("published", "paper")
 REDUCTION = 16  # r of equation 5
 
 
-class BatchNormReLU2d(nn.BatchNorm2d):
-    """``BatchNorm2d``, an optional residual, then ReLU; parameters and state dict are those of ``BatchNorm2d``."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[N, C, H, W], and the same -> the same."""
-        own_statistics = self.training or self.running_mean is None
-        if not own_statistics or self.weight is None or stock_only():
-            return _relu_of_sum(super().forward(x), residual)
-        weight, bias = self.weight, self.bias  # once: a parametrization may draw them anew
-        y, mean, var = batch_norm_relu(x, weight, bias, residual, self.eps)
-        if residual is None:
-            forget(y, partial(normalize_again, eps=self.eps), x, weight, bias, mean, var)
-        if self.training and self.track_running_stats:
-            self._track(mean, var, x.numel() // x.shape[1])
-        return y
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Moves the running statistics, as the stock layer does: towards the unbiased variance."""
-        self.num_batches_tracked.add_(1)
-        momentum = 1.0 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        for running, found in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
-            running.lerp_(found.to(running.dtype), momentum)
-
-
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``relu(norm(x) + residual)``, fused where ``norm`` is: SyncBatchNorm may have taken its place."""
-    return norm(x, residual) if isinstance(norm, BatchNormReLU2d) else _relu_of_sum(norm(x), residual)
+    """``relu(norm(x) + residual)``: [N, C, H, W], and the same -> the same.
+
+    For a ``BatchNorm2d`` in training it is one operation. A module that somebody has put in its place, SyncBatchNorm
+    say, or hung hooks on is called.
+    """
+    fused = is_untouched(norm, nn.BatchNorm2d) and not stock_only() and x.numel() > 0
+    if not fused or norm.weight is None or not (norm.training or norm.running_mean is None):
+        y = norm(x)
+        return F.relu(y if residual is None else y + residual)
+    weight, bias = norm.weight, norm.bias  # once: a parametrization may draw them anew
+    y, mean, var = batch_norm_relu(x, weight, bias, residual, norm.eps)
+    if residual is None:
+        forget(y, partial(normalize_again, eps=norm.eps), x, weight, bias, mean, var)
+    if norm.training and norm.track_running_stats:
+        _track(norm, mean, var, x.numel() // x.shape[1])
+    return y
 
 
-def _relu_of_sum(x: Tensor, residual: Tensor | None) -> Tensor:
-    return F.relu(x if residual is None else x + residual)
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Moves the running statistics, as the layer does: towards the unbiased variance."""
+    norm.num_batches_tracked.add_(1)
+    momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
+        running.lerp_(found.to(running.dtype), momentum)
 
 
 class PlainBlock(nn.Module):
@@ -62,9 +56,9 @@ class PlainBlock(nn.Module):
 
     def _add_layers(self, in_channels: int, out_channels: int) -> None:
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.bn1 = BatchNormReLU2d(out_channels)
+        self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.bn2 = BatchNormReLU2d(out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
 
     def finish(self, first: Tensor, residual: Tensor | None = None) -> Tensor:
         """All that follows the first convolution; the residual is added before the last ReLU."""
@@ -82,6 +76,8 @@ class ResidualBlock(PlainBlock):
         self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not _is_pair(self.downsample):
+            return self.finish(convolution(x, self.conv1), self.downsample(x))
         convolve, norm = self.downsample
         first, shortcut = two_convolutions(x, self.conv1, convolve)
         return self.finish(first, norm(shortcut))
@@ -105,13 +101,15 @@ class ChannelAttention(nn.Module):
 
         Where somebody has replaced one of the layers or hung hooks on one, all of them are called.
         """
-        kinds = (nn.Sequential, nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
-        layers = (self.fc, *self.fc)
-        if len(layers) != len(kinds) or not all(map(is_untouched, layers, kinds)):
+        kinds = (nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
+        whole = is_untouched(self.fc, nn.Sequential) and len(self.fc) == len(kinds)
+        if not whole or not all(map(is_untouched, self.fc, kinds)):
             means = x.mean((2, 3)) if means is None else means.to(x.dtype)
             return x * self.fc(means)[:, :, None, None]
         given = (x, self.fc[0].weight, self.fc[2].weight, *(() if means is None else (means,)))
-        return forget(channel_gate(*given), channel_gate, *given)
+        y = channel_gate(*given)
+        # who hangs hooks on this may take the weights away until its own backward pass: a sharded module
+        return forget(y, channel_gate, *given) if is_untouched(self, ChannelAttention) else y
 
 
 class GatedBlock(ResidualBlock):
@@ -144,28 +142,40 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, equations: str):
         super().__init__()
-        self.W_x = nn.Sequential(nn.Conv2d(channels, channels, 1), BatchNormReLU2d(channels))
+        self.W_x = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels))
         self.W_y = nn.Sequential(nn.Conv2d(2 * channels, channels, 1), nn.BatchNorm2d(channels))
         self.active = nn.Sequential(nn.Conv2d(channels, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid())
         self.equations = equations
 
-    def forward(self, row: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, y: Tensor, *row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gates ``y`` [N, 2C, h, w] by what the last of ``row``, each [N, C, 2h, 2w], attends to.
 
         Returns ``row`` and the gated features, concatenated [N, len(row) * C + 2C, 2h, 2w]; the means of that over
         its pixels; and the attention map [N, 1, 2h, 2w].
         """
-        (project, normalize), (convolve, norm) = self.W_y, self.W_x
-        projected = project(y)  # W_y up(y) = up(W_y y)
-        from_row, from_below = convolve(row[-1]), normalize(forget(upsample(projected), upsample, projected))
-        if self.equations == "paper":
-            joined = norm_relu(norm, from_row) + F.relu(from_below)
+        if _is_pair(self.W_y) and is_itself(self.W_y[0], nn.Conv2d) and is_plain(self.W_y[0], 1):
+            project, norm = self.W_y
+            projected = project(y)  # W_y up(y) = up(W_y y)
+            from_below = norm(forget(upsample(projected), upsample, projected))
         else:
-            joined = norm_relu(norm, from_row, from_below)
+            from_below = self.W_y(upsample(y))
+        residual = None if self.equations == "paper" else from_below
+        if _is_pair(self.W_x):
+            project, norm = self.W_x
+            joined = norm_relu(norm, project(row[-1]), residual)
+        else:
+            joined = norm_relu(self.W_x, row[-1], residual)
+        if self.equations == "paper":
+            joined = joined + F.relu(from_below)
         attention = self.active(joined)
         joined, means = spatial_gate(y, attention, row, return_means=True)
         forget(joined, lambda y, attention, *row: spatial_gate(y, attention, row), y, attention, *row)
         return joined, means, attention
+
+
+def _is_pair(module: nn.Module) -> bool:
+    """Whether a module is no more than the two that it holds."""
+    return is_itself(module, nn.Sequential) and len(module) == 2
 
 
 def join(row: Sequence[Tensor], y: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class SCOATNet(nn.Module):
                 if i == 0:
                     x[i, j] = block(join(row, below))
                 else:
-                    joined, means, attention[i, j] = getattr(self, f"att{i}_{j}")(row, below)
+                    joined, means, attention[i, j] = getattr(self, f"att{i}_{j}")(below, *row)
                     x[i, j] = block(joined, means)
                     del joined  # else it lives until the next one
         return x, attention

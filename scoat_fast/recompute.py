@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .ops._backend import stock_only
+from .ops._backend import records, stock_only
 
 _local = threading.local()  # by the place in memory, .recipes of results and, while it lives, .kept of a tensor
 
@@ -27,11 +27,13 @@ def recomputing() -> contextlib.AbstractContextManager:
 
     Changes nothing where no gradient is wanted, under ``torch.compile``, which decides by itself what to keep, where
     only standard operators are known (see ``stock_only``), and where hooks are forbidden
-    (``torch.autograd.graph.disable_saved_tensors_hooks``).
+    (``torch.autograd.graph.disable_saved_tensors_hooks``) or there already: of a checkpoint, or ``save_on_cpu``, which
+    would see nothing.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or stock_only():
+    if torch.compiler.is_compiling() or not records() or stock_only():
         return contextlib.nullcontext()
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    hooks = torch._C._autograd
+    if not hooks._saved_tensors_hooks_is_enabled() or hooks._top_saved_tensors_default_hooks(False) is not None:
         return contextlib.nullcontext()
     return _recomputing()
 
@@ -78,14 +80,18 @@ def _kept(tensor: Tensor) -> _Kept | _Recipe:
 def _place(tensor: Tensor) -> tuple:
     """Where in memory a tensor lies, as what, and at which version: once modified in place it is another."""
     layout = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-    return tensor.untyped_storage()._cdata, *layout, tensor._version
+    return tensor.untyped_storage()._cdata, *layout, _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # a weight made in inference mode has none
 
 
 class _Kept:
     """A tensor kept as it is; modified in place, it is refused, as autograd refuses it where there are no hooks."""
 
     def __init__(self, tensor: Tensor):
-        self.tensor, self.version = tensor.detach(), tensor._version
+        self.tensor, self.version = tensor.detach(), _version(tensor)
         self.recipe: _Recipe | None = None
 
     def give_up(self, recipe: _Recipe) -> None:
@@ -96,7 +102,9 @@ class _Kept:
     def use(self) -> Tensor:
         if self.recipe is not None:
             return self.recipe.use()
-        if self.tensor._version != self.version:
+        if not self.tensor.untyped_storage().nbytes() and self.tensor.numel():
+            raise RuntimeError(f"the memory of {list(self.tensor.shape)} is needed for a gradient and was taken away")
+        if _version(self.tensor) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{self.tensor.dtype} {list(self.tensor.shape)} is at version {self.tensor._version}, "

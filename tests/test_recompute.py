@@ -89,6 +89,73 @@ def test_beside_checkpoints_of_the_user(kept_all):
     assert same(gradients(net, x, run=lambda net, x: checkpoint(net, x, use_reentrant=False)), wanted)
 
 
+def test_hooks_that_are_there_already_see_all_that_is_kept(kept_all):
+    """Of a checkpoint, or ``save_on_cpu``: two pairs of hooks are not called one after the other."""
+
+    def bytes_packed(net):
+        seen = {}
+
+        def pack(kept):
+            seen[kept.untyped_storage().data_ptr()] = kept.untyped_storage().nbytes()
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+            net(x).sum().backward()
+        return sum(seen.values())
+
+    net, x = made()
+    wanted = kept_all(net, x)
+    assert bytes_packed(net) > 0.5 * bytes_packed(baseline_of(net).train().to(DEVICE))
+
+    def run(net, x):
+        with torch.autograd.graph.save_on_cpu():
+            return net(x)
+
+    assert same(gradients(net, x, run=run), wanted)
+
+
+@pytest.mark.parametrize("place", [".bn1", ".ca", ".downsample", ".W_x", ".W_y", "conv1_1"])
+def test_a_network_sharded_in_small_parts(place):
+    """Weights of a part have no memory but in its own forward and backward pass."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(3)
+    net, x = SCOATNet(width=4).double().train(), torch.rand(2, 1, 32, 48, dtype=torch.float64)
+    wanted = gradients(net, x)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for name, module in [*net.named_modules()]:
+            if name.endswith(place):
+                fully_shard(module, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        found = [grad.full_tensor() for grad in gradients(net, x)]
+    finally:
+        distributed.destroy_process_group()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_memory_that_was_taken_away_is_not_read():
+    net, x = made()
+    loss = net(x).mean()
+    net.conv0_4.bn1.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"memory of \[4\] is needed for a gradient and was taken away"):
+        loss.backward()
+
+
+def test_in_inference_mode():
+    net, x = made()
+    with torch.inference_mode(), torch.enable_grad():
+        assert not net(x).requires_grad
+    with torch.inference_mode():
+        frozen = SCOATNet(width=4).requires_grad_(False).eval().to(DEVICE)
+    with torch.no_grad():
+        wanted = frozen(x)
+    assert torch.equal(frozen(x), wanted)  # where gradients are enabled, and none is wanted
+
+
 def test_a_graph_that_is_run_twice_and_in_parts():
     net, x = made()
     loss = net(x).square().mean()

@@ -50,13 +50,15 @@ def pack(net: SCOATNet) -> Weights:
 def _check_layers(net: SCOATNet) -> None:
     """Raises ValueError where a layer is not what SCOATNet has there: a plan is of those, and kernels trust it.
 
-    Normalisation is left to ``fold``.
+    Normalisation is left to ``fold``, but for its hooks: an engine calls none.
     """
     with torch.device("meta"):
         form = SCOATNet(net.in_channels, net.out_channels, net.width, net.block, net.has_heads, net.equations)
     found = dict(net.named_modules(remove_duplicate=False))
     for name, wanted in form.named_modules():
         layer = found.get(name)
+        if layer is not None and (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)):
+            raise ValueError(f"the engine calls no hooks and no replaced methods, and {name or 'the network'} has some")
         if isinstance(wanted, _BatchNorm):
             continue
         if getattr(type(layer), "forward", None) is not type(wanted).forward or _line(layer) != _line(wanted):

@@ -69,6 +69,11 @@ def stock_only() -> bool:
     return transformed or torch.jit.is_tracing()
 
 
+def records() -> bool:
+    """Whether gradients are wanted: within ``torch.inference_mode`` nothing is recorded, whoever enables them."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
     """Within, dtypes stay as they are, also on a device that has no autocast, such as "meta"."""
     available = torch.amp.is_autocast_available(device)
