@@ -26,13 +26,13 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
     say, or hung hooks on is called.
     """
     fused = is_untouched(norm, nn.BatchNorm2d) and not stock_only() and x.numel() > 0
-    if not fused or norm.weight is None or not (norm.training or norm.running_mean is None):
+    fused = fused and norm.weight is not None and norm.bias is not None
+    if not fused or not (norm.training or norm.running_mean is None):
         y = norm(x)
         return F.relu(y if residual is None else y + residual)
-    weight, bias = norm.weight, norm.bias  # once: a parametrization may draw them anew
-    y, mean, var = batch_norm_relu(x, weight, bias, residual, norm.eps)
+    y, mean, var = batch_norm_relu(x, norm.weight, norm.bias, residual, norm.eps)
     if residual is None:
-        forget(y, partial(normalize_again, eps=norm.eps), x, weight, bias, mean, var)
+        forget(y, partial(normalize_again, eps=norm.eps), x, norm.weight, norm.bias, mean, var)
     if norm.training and norm.track_running_stats:
         _track(norm, mean, var, x.numel() // x.shape[1])
     return y
@@ -103,7 +103,8 @@ class ChannelAttention(nn.Module):
         """
         kinds = (nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
         whole = is_untouched(self.fc, nn.Sequential) and len(self.fc) == len(kinds)
-        if not whole or not all(map(is_untouched, self.fc, kinds)):
+        whole = whole and all(map(is_untouched, self.fc, kinds))
+        if not whole or self.fc[0].bias is not None or self.fc[2].bias is not None:
             means = x.mean((2, 3)) if means is None else means.to(x.dtype)
             return x * self.fc(means)[:, :, None, None]
         given = (x, self.fc[0].weight, self.fc[2].weight, *(() if means is None else (means,)))
@@ -174,7 +175,7 @@ class SpatialAttention(nn.Module):
 
 
 def _is_pair(module: nn.Module) -> bool:
-    """Whether a module is no more than the two that it holds."""
+    """Whether a module is no more than the two that it holds; hooks on all modules see those two."""
     return is_itself(module, nn.Sequential) and len(module) == 2
 
 

@@ -503,10 +503,10 @@ def test_bad_options():
     with pytest.raises(WeightsError, match=r"conv2_1\.conv1"):
         scoat_fast.compile(net)
     net.conv2_1.bn1 = torch.nn.GroupNorm(1, 32)
-    with pytest.raises(ValueError, match="folds BatchNorm layers with running statistics, got GroupNorm"):
+    with pytest.raises(ValueError, match="running statistics, weight and bias, got GroupNorm"):
         scoat_fast.compile(net)
     net.conv2_1.bn1 = torch.nn.BatchNorm2d(32, affine=False)
-    with pytest.raises(ValueError, match="folds BatchNorm layers with running statistics, got BatchNorm2d"):
+    with pytest.raises(ValueError, match="running statistics, weight and bias, got BatchNorm2d"):
         scoat_fast.compile(net)
 
 
@@ -584,6 +584,22 @@ def test_every_slice_is_checked_and_masks_too(monkeypatch):
         with pytest.warns(UserWarning, match=f"cpu {reason} .*; stock PyTorch runs instead"):
             engine = scoat_fast.compile(net, **options)
         assert engine.backend == "reference" and reason in engine.refusals["cpu"]
+
+
+def test_hooks_and_replaced_methods_are_refused():
+    """An engine calls none, and what they do to the network would be lost."""
+    for place, change in (
+        ("conv0_0.conv1", lambda layer: layer.register_forward_hook(lambda layer, given, y: 2 * y)),
+        ("att1_1.W_y.1", lambda layer: layer.register_forward_hook(lambda layer, given, y: 2 * y)),
+        ("conv1_1.ca", lambda layer: layer.register_forward_pre_hook(lambda layer, given: given)),
+        ("conv0_4", lambda layer: setattr(layer, "forward", lambda x: x)),
+        ("final", lambda layer: setattr(layer, "_conv_forward", lambda *given: given[0])),
+        ("", lambda layer: layer.register_forward_hook(lambda layer, given, y: 2 * y)),
+    ):
+        net = trained(width=4)
+        change(net.get_submodule(place))
+        with pytest.raises(ValueError, match=f"calls no hooks .*, and {place or 'the network'} has some"):
+            scoat_fast.compile(net, size=32)
 
 
 @native

@@ -123,6 +123,9 @@ CASES = [
     Case((16,), 32, (1, 17, 66), residual="before"),  # less than what is multiplied at once
     Case((48, 16), 64, (1, 6, 66), below=80, attention=True, shortcut=True),
     Case((112,), 192, (2, 2, 66), pooled=True, sums=True),
+    Case((128,), 192, (2, 4, 66), below=96, attention=True, shortcut=True),
+    Case((64, 112), 192, (1, 5, 66), shortcut=True, sums=True),
+    Case((16,), 64, (1, 2, 66), shortcut=True, wide=True),
 ]
 
 

@@ -150,8 +150,16 @@ def test_layers_of_excitation_that_are_replaced_or_hooked_are_called(known):
     ours.fc[2].__class__ = Doubled
     torch.testing.assert_close(ours(x, means), expected())
     assert (expected() - before).abs().max() > 0.01
+    ours.fc[2] = nn.Linear(2, 32).double()  # with a bias
+    torch.testing.assert_close(ours(x, means), expected())
     ours.fc = nn.Sequential(nn.Linear(32, 32), nn.Sigmoid()).double()
     torch.testing.assert_close(ours(x, means), expected())
+
+
+def test_a_normalisation_without_bias():
+    layer, x = nn.BatchNorm2d(4), torch.randn(2, 4, 5, 7)
+    layer.register_parameter("bias", None)
+    torch.testing.assert_close(norm_relu(layer, x), by_stock(layer, x))
 
 
 def test_one_value_a_channel_is_refused_in_training_alone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import GOLDEN
 from torch import nn
 
 from scoat_fast import SCOATNet
+from scoat_fast.bench.eager import EagerSCOATNet
 
 FILES = sorted(GOLDEN.glob("published_*.npz"))
 
@@ -376,6 +378,26 @@ def test_transforms_of_torch_func(layout):
     along = x.clone().requires_grad_()
     total(weights, along).backward()
     torch.testing.assert_close(forwards, (along.grad * direction).sum())
+
+
+def test_traces_and_transforms_under_autocast(net):
+    x = torch.rand(1, 1, 32, 48)
+    stock = EagerSCOATNet(net.width).eval()
+    stock.load_state_dict(net.state_dict())
+    found = []
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # as PyTorch wants it for traces
+        expected = net(x)
+        traced = torch.jit.trace(net, x)(x)
+        assert (traced - expected).abs().max() <= 0.02 * expected.abs().max()
+        for each in (net, stock):
+            weights = {name: parameter.detach() for name, parameter in each.named_parameters()}
+            total = partial(lambda each, weights: torch.func.functional_call(each, weights, (x,)).float().sum(), each)
+            found.append(torch.func.grad(total)(weights))
+    assert found[0].keys() == found[1].keys()
+    gap, size = (sum(value.square().sum() for value in values) for values in (
+        [found[0][name] - grad for name, grad in found[1].items()], found[1].values(),
+    ))  # fmt: skip
+    assert gap.sqrt() <= 0.05 * size.sqrt()
 
 
 def test_on_the_meta_device():

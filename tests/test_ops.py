@@ -120,6 +120,15 @@ def test_compiles_as_one_graph_with_dynamic_shapes(op):
             assert ours.stride() == eager.stride() or ours.numel() <= 1, sample.name
 
 
+def test_statistics_of_a_batch_have_no_gradient():
+    """Neither where kernels run nor where a transform gets standard operators."""
+    x, scale = torch.randn(2, 3, 4, 5, device=DEVICE), torch.ones(3, device=DEVICE)
+    _, mean, var = ops.batch_norm_relu(x.requires_grad_(), scale, scale)
+    assert not mean.requires_grad and not var.requires_grad
+    grad = torch.func.grad(lambda x: sum(y.sum() for y in ops.batch_norm_relu(x, scale, scale)[1:]))(x.detach())
+    assert (grad == 0).all()
+
+
 @pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
 def test_exported_programs_hold_standard_operators(op):
     class Module(torch.nn.Module):

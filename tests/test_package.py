@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "model": {"layers", "pretrained", "recompute"},  # from_pretrained, inside the function
     "pretrained": {"errors", "files", "imaging", "model", "weights"},
     "clock": set(),
-    "engine": {"_C", "clock", "errors", "files", "layers", "model", "ops"},
+    "engine": {"_C", "clock", "convolutions", "errors", "files", "layers", "model", "ops"},
     "segmentation": {"engine", "errors", "files", "imaging", "model"},
     "report": {"errors", "files", "imaging", "segmentation"},
     "train": {"errors", "files", "imaging", "layers", "model", "pretrained", "segmentation", "winograd"},

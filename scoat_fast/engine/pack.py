@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..convolutions import METHODS
 from ..errors import WeightsError
 from ..layers import GatedBlock, PlainBlock, ResidualBlock, SpatialAttention
 from ..model import SCOATNet
@@ -57,7 +58,7 @@ def _check_layers(net: SCOATNet) -> None:
     found = dict(net.named_modules(remove_duplicate=False))
     for name, wanted in form.named_modules():
         layer = found.get(name)
-        if layer is not None and (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)):
+        if layer is not None and (layer._forward_hooks or layer._forward_pre_hooks or vars(layer).keys() & METHODS):
             raise ValueError(f"the engine calls no hooks and no replaced methods, and {name or 'the network'} has some")
         if isinstance(wanted, _BatchNorm):
             continue
@@ -75,8 +76,8 @@ def _line(layer: nn.Module | None) -> str:
 
 def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """A convolution that does what a convolution and a BatchNorm in evaluation mode do."""
-    if not isinstance(norm, _BatchNorm) or norm.running_var is None or norm.weight is None:
-        raise ValueError(f"the engine folds BatchNorm layers with running statistics, got {norm}")
+    if not isinstance(norm, _BatchNorm) or any(x is None for x in (norm.running_var, norm.weight, norm.bias)):
+        raise ValueError(f"the engine folds BatchNorm layers with running statistics, weight and bias, got {norm}")
     scale = _exact(norm.weight) / torch.sqrt(_exact(norm.running_var) + norm.eps)
     bias = (_exact(convolution.bias) - _exact(norm.running_mean)) * scale + _exact(norm.bias)
     return _exact(convolution.weight) * scale[:, None, None, None], bias

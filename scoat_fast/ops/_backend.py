@@ -64,7 +64,7 @@ def stock_only() -> bool:
     ``torch.func`` such as ``vmap``, or a derivative forwards.
     """
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return torch.compiler._is_exporting_flag  # is_exporting() is true of torch.compile, too, in PyTorch 2.11
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return transformed or torch.jit.is_tracing()
 

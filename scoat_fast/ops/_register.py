@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -89,9 +90,14 @@ def register(
     def run(*args):
         if not stock_only():
             return overload(*args)
+        device = args[0].device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if casts:
+            args = autocast(_cast_for(device), *args)
         if not torch.jit.is_tracing():  # sizes are tensors there, which a comparison would freeze
             check(*args)
-        return reference(*args)
+        with without_autocast(device) if casts else contextlib.nullcontext():
+            return reference(*args)
 
     return run, overload, overload_backward
 
@@ -100,14 +106,18 @@ def _with_autocast(overload, device: str, key: str, autocast: Callable) -> Calla
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def run(*args):
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(x: Tensor | None) -> Tensor | None:
-            # as stock autocast: doubles and other devices' tensors stay as they are
-            lower = x is not None and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device
-            return x.to(dtype) if lower else x
-
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return overload(*autocast(cast, *args))
+            return overload(*autocast(_cast_for(device), *args))
 
     return run
+
+
+def _cast_for(device: str) -> Callable:
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        # as stock autocast: doubles and other devices' tensors stay as they are
+        lower = x is not None and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device
+        return x.to(dtype) if lower else x
+
+    return cast

@@ -22,7 +22,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, var = statistics(x)
-    return normalize(x, weight, bias, residual, mean, var, eps), mean, var
+    return normalize(x, weight, bias, residual, mean, var, eps), mean.detach(), var.detach()
 
 
 def normalize(
