@@ -17,7 +17,7 @@ from .ops._backend import records, stock_only, without_autocast
 from .winograd import weight_gradient, why_not
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-METHODS = {"forward", "_conv_forward"}
+METHODS = ("forward", "_conv_forward")
 
 
 def convolution(x: Tensor, spatial: nn.Module) -> Tensor:
@@ -47,8 +47,8 @@ def two_convolutions(x: Tensor, spatial: nn.Module, pointwise: nn.Module) -> tup
 
 def is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of a kind, and nobody has hung hooks on it or replaced its methods."""
-    own_hooks = any(getattr(module, name) for name in HOOKS)
-    return type(module) is kind and not own_hooks and not vars(module).keys() & METHODS
+    changed = any(getattr(module, name) for name in HOOKS) or any(name in module.__dict__ for name in METHODS)
+    return type(module) is kind and not changed
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

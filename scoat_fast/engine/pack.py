@@ -58,7 +58,7 @@ def _check_layers(net: SCOATNet) -> None:
     found = dict(net.named_modules(remove_duplicate=False))
     for name, wanted in form.named_modules():
         layer = found.get(name)
-        if layer is not None and (layer._forward_hooks or layer._forward_pre_hooks or vars(layer).keys() & METHODS):
+        if layer is not None and (layer._forward_hooks or layer._forward_pre_hooks or {*METHODS} & {*vars(layer)}):
             raise ValueError(f"the engine calls no hooks and no replaced methods, and {name or 'the network'} has some")
         if isinstance(wanted, _BatchNorm):
             continue
