@@ -88,9 +88,7 @@ def _add_model(benches) -> None:
         epilog=EXIT_CODES,
     )
     command.set_defaults(run=bench_model)
-    command.add_argument("--width", type=positive, nargs="+", default=[32], metavar="W", help="default: 32")
-    command.add_argument("--batch", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
-    command.add_argument("--size", type=size, default=512, help="of the slices (default: %(default)s)")
+    _add_shapes(command)
     command.add_argument("--compile", action="store_true", help="torch.compile, too: minutes")
     command.add_argument(
         "--autotune", action="store_true", help="the engine with tiles tuned on this GPU, too: minutes"
@@ -129,9 +127,7 @@ def _add_train(benches) -> None:
         epilog=EXIT_CODES,
     )
     command.set_defaults(run=bench_train)
-    command.add_argument("--width", type=positive, nargs="+", default=[32], metavar="W", help="default: 32")
-    command.add_argument("--batch", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
-    command.add_argument("--size", type=size, default=512, help="of the slices (default: %(default)s)")
+    _add_shapes(command)
     command.add_argument(
         "--steps", type=positive, default=50, metavar="N", help="of which losses are compared (default: 50)"
     )
@@ -215,6 +211,12 @@ def bench_chart(args: argparse.Namespace) -> int:
 
     draw(args.results, args.output)
     return EXIT_OK
+
+
+def _add_shapes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--width", type=positive, nargs="+", default=[32], metavar="W", help="default: 32")
+    command.add_argument("--batch", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
+    command.add_argument("--size", type=size, default=512, help="of the slices (default: %(default)s)")
 
 
 def _add_measuring(command: argparse.ArgumentParser, seconds: float) -> None:
