@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops._backend import records, stock_only, without_autocast
+from .ops._backend import records, without_autocast
 from .winograd import weight_gradient, why_not
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -25,7 +25,7 @@ def convolution(x: Tensor, spatial: nn.Module) -> Tensor:
 
     A module that somebody has put in its place, hung hooks on or given another method is called.
     """
-    if torch.compiler.is_compiling() or not records() or why_not(x) is not None:
+    if not records() or why_not(x) is not None:
         return spatial(x)
     if torch.is_autocast_enabled(x.device.type) or not _runs_here(spatial, 3):
         return spatial(x)
@@ -38,9 +38,7 @@ def two_convolutions(x: Tensor, spatial: nn.Module, pointwise: nn.Module) -> tup
     [N, C, H, W] -> [N, D, H, W] each. Modules that somebody has put in their place, hung hooks on or given another
     method are called.
     """
-    if torch.compiler.is_compiling() or not records() or stock_only():
-        return spatial(x), pointwise(x)
-    if not _runs_here(spatial, 3) or not _runs_here(pointwise, 1):
+    if not records() or not _runs_here(spatial, 3) or not _runs_here(pointwise, 1):
         return spatial(x), pointwise(x)
     return _TwoConvolutions.apply(x, spatial.weight, spatial.bias, pointwise.weight, pointwise.bias)
 

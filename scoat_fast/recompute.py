@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .ops._backend import records, stock_only
+from .ops._backend import records
 
 _local = threading.local()  # by the place in memory, .recipes of results and, while it lives, .kept of a tensor
 
@@ -30,7 +30,7 @@ def recomputing() -> contextlib.AbstractContextManager:
     (``torch.autograd.graph.disable_saved_tensors_hooks``) or there already: of a checkpoint, or ``save_on_cpu``, which
     would see nothing.
     """
-    if torch.compiler.is_compiling() or not records() or stock_only():
+    if not records():
         return contextlib.nullcontext()
     hooks = torch._C._autograd
     if not hooks._saved_tensors_hooks_is_enabled() or hooks._top_saved_tensors_default_hooks(False) is not None:

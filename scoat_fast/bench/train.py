@@ -85,8 +85,8 @@ def run(
             torch.manual_seed(0)
             start = SCOATNet(width=width)
             images, masks = (t.to(device) for t in slices(batch * 4, size))
-            checked = slice(min(batch, CHECKED))
-            exact = _gradient(baseline_of(start).double().to(device).train(), images[checked].double(), masks[checked])
+            baseline = baseline_of(start).double().to(device).train()
+            exact = _gradient(baseline, _checked(images, batch).double(), _checked(masks, batch))
             first: dict | None = None
             for trainee in trainees(device, compile):
                 row = {"name": trainee.name, "width": width, "batch": batch, "size": size}
@@ -120,8 +120,8 @@ def measure(
             torch.cuda.empty_cache()  # of the trainee before
         net, _ = _prepared(trainee, start, images.device)
         with _autocast(trainee, images.device):
-            some = images[: min(batch, CHECKED)].contiguous(memory_format=trainee.layout)
-            gradient = _gradient(net, some, masks[: len(some)])
+            some = _checked(images, batch).contiguous(memory_format=trainee.layout)
+            gradient = _gradient(net, some, _checked(masks, batch))
         row["error"] = ((gradient - exact).norm() / exact.norm()).item()
         if not row["error"] <= BOUND[trainee.dtype]:
             row["reason"] = f"its gradient's error is {row['error']:.1e}, allowed is {BOUND[trainee.dtype]:.0e}"
@@ -190,6 +190,11 @@ def _prepared(trainee: Trainee, start: SCOATNet, device: torch.device) -> tuple[
         return loss.item() if wait else None
 
     return net, step
+
+
+def _checked(x: Tensor, batch: int) -> Tensor:
+    """Of the images or masks of a run, those of the gradient that is checked: of the first batch."""
+    return x[: min(batch, CHECKED)]
 
 
 def _gradient(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:

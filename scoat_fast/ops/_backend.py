@@ -70,7 +70,12 @@ def stock_only() -> bool:
 
 
 def records() -> bool:
-    """Whether gradients are wanted: within ``torch.inference_mode`` nothing is recorded, whoever enables them."""
+    """Whether autograd records what runs now, and may be given a backward pass that it does not know.
+
+    Within ``torch.inference_mode`` it records nothing, whoever enables gradients.
+    """
+    if torch.compiler.is_compiling() or stock_only():
+        return False
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
