@@ -25,45 +25,45 @@ FULL = 90  # compiled in both layouts and dtypes; the others in one layout for e
 CAPABILITIES = (80, 89, FULL, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program can have
 KERNELS = {
-    "_up_forward",
-    "_up_backward",
-    "_gate_backward_channels_last",
-    "_gate_backward_contiguous",
-    "_affine",
-    "_dot",
-    "_moments",
-    "_norm",
-    "_norm_sums",
-    "_norm_backward",
+    "up_forward",
+    "up_backward",
+    "gate_backward_channels_last",
+    "gate_backward_contiguous",
+    "affine",
+    "dot",
+    "moments",
+    "norm",
+    "norm_sums",
+    "norm_backward",
 }
 REGISTERS = {
-    "_affine": 64,
-    "_dot": 64,
-    "_moments": 64,
-    "_norm": 64,
-    "_norm_sums": 64,
-    "_norm_backward": 64,
+    "affine": 64,
+    "dot": 64,
+    "moments": 64,
+    "norm": 64,
+    "norm_sums": 64,
+    "norm_backward": 64,
 }  # that is full occupancy for half of 64; the others have 128: 16 warps
 # Bytes of the widest loads and stores. Contiguous y moves half of what its outputs do; a map has few channels.
 WIDTHS = {
-    ("_up_forward", True): (16, 16),
-    ("_up_forward", False): (16, 16),
-    ("_up_backward", True): (16, 16),
-    ("_up_backward", False): (16, 8),
-    ("_gate_backward_channels_last", True): (16, 4),
-    ("_gate_backward_contiguous", False): (16, 16),
-    ("_affine", True): (16, 16),
-    ("_affine", False): (16, 16),
-    ("_dot", True): (16, 4),
-    ("_dot", False): (16, 4),
-    ("_moments", True): (16, 4),
-    ("_moments", False): (16, 4),
-    ("_norm", True): (16, 16),
-    ("_norm", False): (16, 16),
-    ("_norm_sums", True): (16, 16),
-    ("_norm_sums", False): (16, 16),
-    ("_norm_backward", True): (16, 16),
-    ("_norm_backward", False): (16, 16),
+    ("up_forward", True): (16, 16),
+    ("up_forward", False): (16, 16),
+    ("up_backward", True): (16, 16),
+    ("up_backward", False): (16, 8),
+    ("gate_backward_channels_last", True): (16, 4),
+    ("gate_backward_contiguous", False): (16, 16),
+    ("affine", True): (16, 16),
+    ("affine", False): (16, 16),
+    ("dot", True): (16, 4),
+    ("dot", False): (16, 4),
+    ("moments", True): (16, 4),
+    ("moments", False): (16, 4),
+    ("norm", True): (16, 16),
+    ("norm", False): (16, 16),
+    ("norm_sums", True): (16, 16),
+    ("norm_sums", False): (16, 16),
+    ("norm_backward", True): (16, 16),
+    ("norm_backward", False): (16, 16),
 }
 
 
@@ -142,7 +142,7 @@ def launches(dtype: torch.dtype, channels_last: bool) -> Iterator:
     """As the node x11 at 512x512 launches them, forward and backward, on a batch of 16."""
     from dataclasses import replace
 
-    from scoat_fast.ops import _triton_kernels as kernels
+    from scoat_fast.ops import _triton_launch as kernels
 
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..ops import _triton_kernels as pointwise
+from ..ops import _triton_launch as pointwise
 from . import _triton_kernels as kernels
 from .layout import FLOAT8, has_float8
 from .pack import Weights, in_units

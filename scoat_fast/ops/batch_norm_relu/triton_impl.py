@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _triton_kernels as kernels
+from .. import _triton_launch as kernels
 from .._layout import new_like
 from . import coefficients as per_channel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _triton_kernels as kernels
+from .. import _triton_launch as kernels
 from .._layout import new_like
 
 
