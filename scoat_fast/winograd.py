@@ -1,7 +1,7 @@
 """The gradient of 3x3 weights on a CPU, by the adjoint of Winograd's algorithm: ``csrc/training_cpu.cpp``.
 
-Where channels come last, stock PyTorch takes a multiple of the time for that gradient, and rounds more: it is a sum
-over all pixels.
+Where channels come last, stock PyTorch takes up to a multiple of the time for that gradient. Of sums over many pixels,
+both round alike.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ TILES = 24  # that are transformed at once
 LEAST_CHANNELS, LEAST_TILES = 8, 64
 PART = 96  # tiles of a part of the sums, of which there are as many as fit into MOST_BYTES and no more than MOST_PARTS
 MOST_PARTS, MOST_BYTES = 64, 2**26
+ROUNDINGS = 32
 
 
 def why_not_here() -> str | None:
@@ -77,6 +78,17 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
         threads=torch.get_num_threads(),
     )
     return result.permute(3, 2, 0, 1)
+
+
+def rounding(dy: Tensor, x: Tensor) -> Tensor:
+    """What rounding may take each gradient of ``weight_gradient`` from the exact one: float64 [D, C, 1, 1].
+
+    Points have part in all nine taps, and so has what they round. Of the largest sum of magnitudes, errors were seen of
+    up to 18 units of rounding.
+    """
+    shape = (dy.shape[1], x.shape[1], 3, 3)
+    magnitudes = torch.nn.grad.conv2d_weight(x.abs().double(), shape, dy.abs().double(), padding=1)
+    return ROUNDINGS * 2.0**-24 * magnitudes.amax((2, 3), keepdim=True)
 
 
 def _tiles(x: Tensor) -> int:

@@ -34,6 +34,20 @@ GOLDEN = Path(__file__).parent / "golden"
 ASYMMETRIC = np.array([[-0.9, 0, 0, 80], [0, -0.8, 0, 60], [0, 0, 2.5, -30], [0, 0, 0, 1.0]])  # LPS axes, mm
 
 
+# Minutes each, most of it in a few tests: one of them begun last would have every other worker wait for it.
+LONG = "ray", "engine_aot", "triton_aot", "train", "engine", "engine_triton", "model"
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist: it would begin with the files of the most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    long = [f"test_{name}" for name in LONG]
+    items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
+
+
 @pytest.fixture(autouse=True)
 def empty_is_nan():
     """Uninitialised memory is NaN, so that reading it cannot go unnoticed."""
