@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import shutil
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +18,7 @@ import pytest
 import SimpleITK
 from conftest import ASYMMETRIC
 from dicom_series import write_series
+from limits import BYTES, SECONDS, within
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
@@ -75,15 +78,6 @@ def test_series_are_picked_by_number_or_uid(slices, tmp_path):
     assert find_cases([folder], tmp_path / "out", ["4"])[0][0].series == uids[4]
     cases, errors = find_cases([folder], tmp_path / "out", ["9"])
     assert not cases and "no such series in it" in errors[0].reason
-
-
-def test_another_series_under_the_same_name_is_another_result(slices, weights, tmp_path):
-    folder, out = study(tmp_path / "scan", slices, a=(4, "CT"), b=(2, "CT")), tmp_path / "out"
-    seen = []
-    for number in (4, 2, 2):
-        assert run("segment", folder, "-o", out, "--weights", weights, "--quiet", "--series", number) == EXIT_OK
-        seen.append((out / "scan.json").read_bytes())
-    assert seen[0] != seen[1] == seen[2]
 
 
 def test_series_without_numbers_are_counted(slices, tmp_path):
@@ -228,6 +222,52 @@ def test_compressed_slices(slices, tmp_path, syntax):
 
     packed = read_series(write_series(tmp_path / "packed", slices, change=compress))
     np.testing.assert_array_equal(packed.voxels, read_series(write_series(tmp_path / "plain", slices)).voxels)
+
+
+def packed_part(path: Path) -> bytes:
+    """The deflated data set of a file, with what follows it."""
+    length = pydicom.dcmread(path).file_meta.FileMetaInformationGroupLength
+    return path.read_bytes()[128 + 4 + 12 + length :]  # what lies before the length, and its element
+
+
+def test_deflated_slices_of_odd_lengths_end_with_a_pad_byte(tmp_path):
+    hu = np.random.default_rng(0).integers(-1000, 400, (6, 200, 210)).astype(float)
+    hu[:, 100:] = -1000  # half of it packs well
+
+    def deflate(k, slice):
+        slice.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+
+    folder = write_series(tmp_path / "packed", hu, change=deflate)
+    pads = set()
+    for path in folder.iterdir():
+        stream = zlib.decompressobj(-zlib.MAX_WBITS)
+        assert len(stream.decompress(packed_part(path))) > dicom.CHUNK
+        pads.add(stream.unused_data)
+    assert pads == {b"", b"\0"}
+    plain = read_series(write_series(tmp_path / "plain", hu)).voxels
+    assert within(SECONDS, BYTES, lambda: np.array_equal(read_series(folder).voxels, plain))
+    assert within(SECONDS, BYTES, lambda: len(list_series(folder))) == 1
+
+
+@pytest.mark.parametrize("tail", [b"", b"\0", b"\0\0", bytes(100_000), b"garbage" * 30])
+@pytest.mark.parametrize("content", [b"", b"short", bytes(3 * dicom.CHUNK), bytes(range(256)) * 900])
+def test_deflated_bytes_are_looked_at_up_to_their_end(tail, content, monkeypatch):
+    """Wherever the end lies between chunks, and whether it is there."""
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    packed = packer.compress(content) + packer.flush()
+
+    def look():
+        for chunk in (7, len(packed) - 1, len(packed), len(packed) + 1, dicom.CHUNK):
+            monkeypatch.setattr(dicom, "CHUNK", max(chunk, 1))
+            dicom._check_inflated("a", packed + tail)
+        for length in range(0, len(packed), max(len(packed) // 9, 1)):
+            dicom._check_inflated("a", packed[:length])
+        monkeypatch.setattr(dicom, "SMALL", len(content) - 1)
+        monkeypatch.setattr(dicom, "RATIO", 0)
+        with pytest.raises(BadInputError, match="no scan packs so") if content else contextlib.nullcontext():
+            dicom._check_inflated("a", packed + tail)
+
+    within(SECONDS, BYTES, look)
 
 
 # Archives

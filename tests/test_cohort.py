@@ -203,6 +203,66 @@ def test_a_file_of_equal_size_and_an_older_time_is_another_input(ct, phantom, we
         assert again(*arguments) and not again(*arguments)
 
 
+@pytest.fixture
+def two_scans(phantom, tmp_path) -> list[Path]:
+    """Files of one name, size and time of change, of two patients."""
+    paths = [tmp_path / patient / "ct.nii" for patient in ("a", "b")]
+    for k, path in enumerate(paths):
+        path.parent.mkdir()
+        nib.save(nib.Nifti1Image(phantom[:, :, k : k + 4], ASYMMETRIC), path)
+        os.utime(path, (0, 0))
+    assert paths[0].stat().st_size == paths[1].stat().st_size
+    return paths
+
+
+def test_a_scan_is_never_taken_for_another(two_scans, weights, tmp_path, capsys):
+    """Nor is its result lost to one of the same name; what was moved is the same scan."""
+    (one, other), out = two_scans, tmp_path / "out"
+    assert run("segment", one, "-o", out, "--weights", weights) == EXIT_OK
+    before = files_of(out)
+    assert run("segment", other, "-o", out, "--weights", weights) == EXIT_FAILED_CASES
+    assert f"the result of another scan, {one}: remove it, or choose another folder" in capsys.readouterr().err
+    del before["cases.csv"]
+    assert before.items() <= files_of(out).items()
+    moved = one.rename(tmp_path / "ct.nii")
+    assert run("segment", moved, "-o", out, "--weights", weights) == EXIT_OK
+    assert "ct: unchanged, " in capsys.readouterr().out
+    assert rows_of(out)[0]["input"] == str(moved)
+
+
+def test_a_file_that_was_replaced_with_its_time_is_another_input(two_scans, weights, tmp_path, capsys):
+    one, other = two_scans
+    for _ in range(2):
+        assert run("segment", one, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+        assert "unchanged" not in capsys.readouterr().out
+        one.write_bytes(other.read_bytes())
+        os.utime(one, (0, 0))
+
+
+def test_a_series_is_never_taken_for_another_of_its_folder(phantom, weights, tmp_path, capsys):
+    (tmp_path / "ct").mkdir()
+    for k in (1, 2):
+        slices = write_series(
+            tmp_path / f"{k}",
+            phantom.transpose(2, 1, 0).astype(float),
+            change=lambda _, slice, k=k: setattr(slice, "SeriesNumber", k),
+        )
+        for path in slices.iterdir():
+            path.rename(tmp_path / "ct" / f"{k}{path.name}")
+    arguments = ["segment", tmp_path / "ct", "-o", tmp_path / "out", "--weights", weights, "--series"]
+    assert run(*arguments, 1) == EXIT_OK
+    assert run(*arguments, 2) == EXIT_FAILED_CASES
+    assert "the result of another scan" in capsys.readouterr().err
+    assert run(*arguments, 1) == EXIT_OK
+
+
+def test_results_beside_the_slices_of_a_series_are_no_part_of_it(phantom, weights, tmp_path, capsys):
+    write_series(tmp_path, phantom.transpose(2, 1, 0).astype(float))
+    for how in ("", "unchanged, "):
+        assert run("segment", tmp_path, "-o", tmp_path, "--weights", weights) == EXIT_OK
+        assert f"{tmp_path.name}: {how}" in capsys.readouterr().out
+
+
 def test_parts_share_the_cases(cohort, weights, tmp_path):
     whole, shared = tmp_path / "whole", tmp_path / "shared"
     (cohort / "notes.nii").write_text("no NIfTI")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pydicom
 import pytest
@@ -9,8 +11,9 @@ from dicom_series import write_series
 
 from scoat_fast import BadInputError
 from scoat_fast.cli import EXIT_FAILED_CASES, main
-from scoat_fast.imaging.dicom import read_series
+from scoat_fast.imaging.dicom import list_series, read_series, sorted_headers
 from scoat_fast.imaging.volume import Turn
+from scoat_fast.segmentation.cases import find_cases
 
 
 @pytest.fixture
@@ -185,6 +188,25 @@ def test_other_files_beside_slices_are_no_slices(slices, tmp_path):
     ):  # fmt: skip
         (folder / name).write_bytes(data)
     assert read_series(folder).voxels.shape[2] == len(slices)
+
+
+@pytest.mark.parametrize("suffix", ["", ".dcm"])
+@pytest.mark.parametrize("name", ["scan", ".scan"])
+def test_hidden_files_beside_slices_are_no_slices(slices, tmp_path, suffix, name):
+    """macOS keeps what its disks cannot hold of a file in a second one, beside it and under its suffix."""
+    folder = write_series(tmp_path / name, slices)
+    files = [path.rename(f"{path}{suffix}") for path in sorted(folder.iterdir())]
+    expected, listed = read_series(folder), list_series(folder)
+    for path in files:
+        (folder / f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4072))
+    shutil.copy(files[0], folder / f".{files[0].name}")
+    (folder / f".gone{suffix}").symlink_to(tmp_path / "nowhere")
+    for uid in (None, listed[0].uid):
+        np.testing.assert_array_equal(read_series(folder, uid).voxels, expected.voxels)
+        assert len(sorted_headers(folder, uid)[0]) == len(slices)
+    assert list_series(folder) == listed and len(listed) == 1
+    (case,), errors = find_cases([folder], tmp_path / "out")
+    assert not errors and (case.path, case.series) == (folder, None)
 
 
 def test_slices_without_a_preamble(slices, tmp_path):

@@ -51,7 +51,7 @@ def check_nifti_headers(changes):
         try:
             volume = read_nifti(path)
             turn = Turn(volume.affine)
-            check_plane(path, turn)
+            check_plane(path, turn, turn.to_slices(volume.voxels).shape)
             check_hu(path, turn.to_slices(volume.voxels))
         except BadInputError as error:
             assert str(path) in str(error) and "\n" not in str(error)

@@ -26,7 +26,7 @@ from scoat_fast.imaging import packing
 from scoat_fast.imaging.grid import from_square, to_square
 from scoat_fast.imaging.nifti import new_header, nifti_bytes, read_nifti
 from scoat_fast.imaging.pictures import read_mask, read_picture
-from scoat_fast.imaging.volume import Turn, check_hu
+from scoat_fast.imaging.volume import Turn, check_hu, check_plane
 from scoat_fast.imaging.window import LUNG, Window
 
 ORIENTATIONS = [
@@ -255,6 +255,143 @@ def test_an_unknown_orientation_is_warned_about(tmp_path):
 def test_contradicting_spacings_are_warned_about(tmp_path):
     path = save(tmp_path / "a.nii", np.zeros((2, 3, 4), np.int16), pixdim=[1, 3, 3, 3, 0, 0, 0, 0])
     assert "differs from that of its affine" in read_nifti(path).warnings[0]
+
+
+def with_qform(path, qform, affine=ASYMMETRIC, unit="mm", kind=nib.Nifti1Image, **fields):
+    """A file with both forms, the affine as its sform; and with raw fields of its header."""
+    header = kind.header_class()
+    header.set_qform(qform, 1)
+    header.set_xyzt_units(unit)
+    names = ("pixdim", "xyzt_units", "qform_code", *(f"quatern_{a}" for a in "bcd"), *(f"qoffset_{a}" for a in "xyz"))
+    return save(path, np.zeros((40, 36, 6), np.int16), affine, kind, **{name: header[name] for name in names} | fields)
+
+
+def turned(degrees: float) -> np.ndarray:
+    """About the long axis of the patient."""
+    turn, angle = np.eye(4), np.radians(degrees)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return turn
+
+
+def moved(x: float) -> np.ndarray:
+    move = np.eye(4)
+    move[0, 3] = x
+    return move
+
+
+MIRROR = np.diag([-1.0, 1, 1, 1])
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize(("unit", "scale"), [("mm", 1), ("meter", 1e-3), ("micron", 1e3)])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (np.eye(4), None),
+        (moved(2), None),  # less than from slice to slice
+        (moved(3), "3 mm apart"),
+        (turned(1), None),
+        (turned(20), "mm apart"),
+        (turned(180), "mm apart"),
+        (MIRROR, "mirror each other"),
+        (turned(90) @ MIRROR, "mirror each other"),
+    ],
+)
+def test_forms_that_place_a_volume_differently_are_warned_about(tmp_path, kind, unit, scale, change, said):
+    size = np.diag([scale, scale, scale, 1.0])
+    path = with_qform(tmp_path / "a.nii", size @ change @ ASYMMETRIC, size @ ASYMMETRIC, unit=unit, kind=kind)
+    volume = read_nifti(path)
+    np.testing.assert_allclose(volume.affine, ASYMMETRIC, rtol=1e-5, atol=1e-4)
+    if said is None:
+        assert volume.warnings == []
+    else:
+        (warning,) = volume.warnings
+        assert said in warning and "the sform is used" in warning
+        assert ("mirror" in warning) == ("mirror" in said)
+
+
+@pytest.mark.parametrize(("share", "differ"), [(0.05, False), (0.4, True)])
+def test_a_shear_that_a_qform_cannot_have_counts_by_how_far_it_leads(tmp_path, share, differ):
+    shear = np.eye(4)
+    shear[1, 2] = share
+    header = new_header(shear @ ASYMMETRIC, (40, 36, 6))
+    volume = read_nifti(with_qform(tmp_path / "a.nii", header.get_qform(), shear @ ASYMMETRIC))
+    said = [warning for warning in volume.warnings if "the sform is used" in warning]
+    assert len(said) == differ and "mirror" not in "".join(said)
+
+
+@pytest.mark.parametrize("fields", [
+    {"quatern_b": np.nan}, {"quatern_c": np.inf}, {"quatern_d": 5}, {"qoffset_x": np.nan}, {"qoffset_y": 3e38},
+    {"pixdim": [1, -0.9, 0.8, 2.5, 0, 0, 0, 0]}, {"pixdim": [7, 0.9, 0.8, 2.5, 0, 0, 0, 0]},
+])  # fmt: skip
+def test_a_qform_without_sense_beside_an_sform_is_warned_about(tmp_path, fields):
+    volume = read_nifti(with_qform(tmp_path / "a.nii", ASYMMETRIC, **fields))
+    assert "the sform is used" in volume.warnings[-1] and "mirror" not in volume.warnings[-1]
+    np.testing.assert_allclose(volume.affine, ASYMMETRIC, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"qform_code": 0}, {"sform_code": 0}, {"pixdim": [0, 0.9, 0.8, 2.5, 0, 0, 0, 0]}])
+def test_one_form_is_compared_with_none_and_zeros_of_a_qform_have_a_sense(tmp_path, fields):
+    affine = np.diag([0.9, 0.8, 2.5, 1])
+    qform = affine if "pixdim" in fields else MIRROR @ affine
+    path = with_qform(tmp_path / "a.nii", qform, affine, **fields)
+    assert nib.load(path).header["quatern_b"] == 0
+    assert read_nifti(path).warnings == []
+
+
+# The width of a slice
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (256, 256, 0.168, 0.168),  # the example in cm: 112 mL would be 0.1
+        (256, 256, 16.8, 16.8),  # and in tenths of a mm
+        (512, 512, 0.0625, 0.0625),
+        (512, 512, 0.09766, 0.09766),  # 500 mm
+        (512, 400, 0.1367, 0.1367),  # 700 mm
+        (128, 100, 0.28, 0.28),
+        (64, 64, 0.29, 0.2),
+        (80, 40, 20, 20),
+    ],
+)
+def test_slices_of_a_width_that_no_chest_has_are_refused(size):
+    rows, columns, *mm = size
+    with pytest.raises(BadInputError, match=r"slices of 80 to 1500 mm across are wanted, got .* is its unit mm\?"):
+        check_plane("a.nii", in_order(mm), (2, rows, columns))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (512, 512, 0.293, 0.293),  # one lung, 150 mm
+        (512, 512, 0.195, 0.195),  # 100 mm
+        (1024, 1024, 0.146, 0.146),
+        (512, 512, 1.5625, 1.5625),  # 800 mm
+        (256, 256, 5.8, 5.8),
+        (64, 64, 6, 6),
+        (512, 90, 0.7, 0.7),  # a crop, or a stack of coronal slices
+        (20, 18, 0.9, 0.8),
+        (63, 200, 0.1, 0.1),
+        (200, 9, 0.1, 0.1),
+        (1, 1, 0.7, 0.7),
+    ],
+)
+def test_slices_of_any_width_that_a_scan_or_a_crop_has_pass(size):
+    rows, columns, *mm = size
+    assert check_plane("a.nii", in_order(mm), (2, rows, columns)) == []
+
+
+@pytest.mark.parametrize("size", [(64, 64, 0.7, 0.7), (96, 80, 0.7, 0.8), (64, 64, 0.55, 0.55), (128, 128, 0.5, 0.5)])
+def test_crops_that_may_be_a_chest_in_another_unit_are_warned_about(size):
+    rows, columns, *mm = size
+    (warning,) = check_plane("a.nii", in_order(mm), (2, rows, columns))
+    assert "mm across" in warning and "if its unit is not mm" in warning
+
+
+def in_order(mm: list[float]) -> Turn:
+    """Slices from the feet up, 2.5 mm apart, with these distances between rows and columns."""
+    return Turn(np.array([[0, 0, -mm[1], 0], [0, -mm[0], 0, 0], [2.5, 0, 0, 0], [0, 0, 0, 1]]))
 
 
 # Hounsfield units

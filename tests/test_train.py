@@ -89,6 +89,7 @@ def test_slices_come_in_the_window_of_the_weights(data):
         (lambda rows: [rows[0] | {"window_low_hu": "x", "window_high_hu": "3"}], "could not convert"),
         (lambda rows: [rows[0] | {"window_low_hu": "9", "window_high_hu": "3"}], "low < high"),
         (lambda rows: [rows[0], rows[0]], "an id twice"),
+        (lambda rows: [rows[0] | {"id": "p/s0"}], "can be the name of a file"),
     ],
 )
 def test_an_index_that_cannot_be_used_is_refused(data, tmp_path, change, reason):
@@ -102,6 +103,15 @@ def test_an_index_that_cannot_be_used_is_refused(data, tmp_path, change, reason)
         (tmp_path / "index.csv").write_text(",".join(COLUMNS) + "\n")
     with pytest.raises(BadInputError, match=reason):
         read_index(tmp_path)
+
+
+def test_an_index_as_spreadsheets_save_it(data, tmp_path):
+    """A blank before a patient's name makes no other patient, who could be trained on."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).symlink_to(data / kind)
+    text = (data / "index.csv").read_text().replace(",p1,", ", p1,", 1).replace(",p2,", ",p2 ,", 1)
+    (tmp_path / "index.csv").write_text(text, encoding="utf-8-sig")
+    assert [slice.patient for slice in read_index(tmp_path)] == [slice.patient for slice in read_index(data)]
 
 
 def test_a_mask_of_another_size_is_refused(data, tmp_path):
@@ -604,9 +614,25 @@ def test_validate_command(data, weights, tmp_path, capsys):
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {"p1", "p3", "total"}
     assert "| total |" in capsys.readouterr().out
     assert main(["validate", str(data), "--weights", str(weights), "--patients", "p7"]) == EXIT_USAGE
+    folder = shutil.copytree(data, tmp_path / "data")
+    index = (data / "index.csv").read_text().replace(",p1,", ",total,")
+    (folder / "index.csv").write_text(index)
+    assert main(["validate", str(folder), "--weights", str(weights), "--patients", "total"]) == EXIT_USAGE
+    assert "cannot be called 'total'" in capsys.readouterr().err
 
 
 # Prepare
+
+
+def test_sheets_of_a_patient_with_slices_of_two_sizes(data, weights, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data")
+    for kind in ("images", "masks"):
+        path = folder / kind / "s0.png"
+        picture = Image.open(path)
+        picture.resize((30, 50)).save(path)
+    arguments = ["validate", folder, "--weights", weights, "--patients", "p1", "--overlays", tmp_path / "sheets"]
+    assert main([str(argument) for argument in (*arguments, "--quiet")]) == EXIT_OK
+    assert (tmp_path / "sheets" / "p1.png").exists()
 
 
 def test_prepare_makes_what_train_reads(phantom, tmp_path, capsys):
@@ -645,6 +671,9 @@ def test_prepare_makes_what_train_reads(phantom, tmp_path, capsys):
         assert np.abs(image - ((shown + 1250) / 1500).clip(0, 1)[:, columns]).mean() < 0.03
     assert main([str(a) for a in command]) == EXIT_USAGE
     assert "already holds an index.csv" in capsys.readouterr().err
+    (tmp_path / "data" / "index.csv").unlink()
+    assert main([str(a) for a in command]) == EXIT_USAGE
+    assert "images already holds files" in capsys.readouterr().err
 
 
 def test_prepare_wants_a_patient_for_each_volume(phantom, tmp_path, capsys):
@@ -657,6 +686,12 @@ def test_prepare_wants_a_patient_for_each_volume(phantom, tmp_path, capsys):
                    "--patients", tmp_path / "patients.csv"]  # fmt: skip
         assert main([str(a) for a in command]) == EXIT_USAGE
         assert "names no patient for the volume a" in capsys.readouterr().err
+    (tmp_path / "patients.csv").write_text("volume,patient\na,p1\n a, p1\na,p2\n")
+    assert main([str(a) for a in command]) == EXIT_USAGE
+    assert "the volume a has two patients, p1 and p2" in capsys.readouterr().err
+    (tmp_path / "patients.csv").write_text("volume,patient\n a, p1\na,p1 \n")
+    assert main([str(a) for a in command]) == EXIT_OK
+    assert {slice.patient for slice in read_index(tmp_path / "data")} == {"p1"}
 
 
 def test_prepare_refuses_pixels_that_segmentation_refuses(phantom, tmp_path, capsys):

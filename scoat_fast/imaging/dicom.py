@@ -85,7 +85,7 @@ def _suffix(path: Path) -> str:
 
 def _is_damaged_slice(path: Path) -> bool:
     """Whether a file that is not DICOM, but named like one, stands where a slice should: it is no text."""
-    if path.name.startswith(".") or path.name.upper() in NO_SLICES:
+    if path.name.upper() in NO_SLICES:
         return False
     start = _start(path)
     return not start or not all(byte >= 32 or byte in b"\t\n\r" for byte in start)
@@ -117,12 +117,11 @@ def _check_inflated(path: str, packed: bytes) -> None:
     """Raises BadInputError where deflated bytes hold too much. What is damaged, pydicom finds."""
     most, total = min(LARGEST, max(SMALL, RATIO * len(packed))), 0
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    file = io.BytesIO(packed)
     with contextlib.suppress(zlib.error):
-        for start in range(0, len(packed), CHUNK):
-            chunk = packed[start : start + CHUNK]
-            while chunk and total <= most:
-                total += len(stream.decompress(chunk, CHUNK))
-                chunk = stream.unconsumed_tail
+        # a pad byte may follow the end, and zlib would give it back as not consumed again and again
+        while total <= most and not stream.eof and (chunk := stream.unconsumed_tail or file.read(CHUNK)):
+            total += len(stream.decompress(chunk, CHUNK))
     if total > most:
         raise BadInputError(path, f"holds more than {most} bytes in {len(packed)} deflated ones: no scan packs so")
 
@@ -143,7 +142,7 @@ def list_series(folder: str | Path) -> list[Series]:
     """
     found: dict[str, Series] = {}
     with warnings.catch_warnings(action="ignore"):
-        for path in sorted(Path(folder).iterdir()):
+        for path in _within(Path(folder)):
             with contextlib.suppress(BadInputError):
                 series = _series_of(path) if path.is_file() else None
                 if series is not None:
@@ -289,8 +288,8 @@ def _is_packed(slice: pydicom.FileDataset) -> bool:
 
 
 def _within(folder: Path) -> list[Path]:
-    """What lies in a folder; of a file, the file."""
-    return sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    """What lies in a folder, but for what is hidden, such as what macOS writes beside a file; of a file, the file."""
+    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else [folder]
 
 
 def _sorted(slices: list[pydicom.Dataset]) -> tuple[list[pydicom.Dataset], np.ndarray, np.ndarray]:

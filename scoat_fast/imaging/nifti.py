@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 from typing import BinaryIO
 
@@ -179,4 +180,25 @@ def _affine(path: Path, header: Nifti1Header) -> tuple[np.ndarray, list[str]]:
     if not np.allclose(lengths, spacing, rtol=0.01):
         used = " x ".join(f"{mm:.4g}" for mm in lengths)
         warnings.append(f"the header's spacing {written} differs from that of its affine, {used}; the affine is used")
+    if int(header["sform_code"]) > 0 and int(header["qform_code"]) > 0:
+        warnings += _disagreement(header, affine, scale)
     return np.diag([scale, scale, scale, 1.0]) @ affine, warnings
+
+
+def _disagreement(header: Nifti1Header, sform: np.ndarray, scale: float) -> list[str]:
+    """A warning where the qform, which some viewers go by, places a corner of the volume more than a voxel away."""
+    try:
+        with np.errstate(all="ignore"):  # a qform may hold any values
+            qform = header.get_qform()
+            ends = [(0, length - 1) for length in header.get_data_shape()[:3]]
+            corners = np.array([*itertools.product(*ends, [1])])
+            apart = np.linalg.norm(corners @ (qform - sform)[:3].T, axis=1).max()
+            mirrored = np.linalg.det(qform[:3, :3]) * np.linalg.det(sform[:3, :3]) < 0
+    except (HeaderDataError, ValueError):
+        apart = np.nan
+    if apart <= np.linalg.norm(sform[:3, :3], axis=0).max():
+        return []
+    if not np.isfinite(apart):
+        return ["its qform, which some viewers go by, cannot be used; the sform is used"]
+    how = "mirror each other (left and right may be swapped)" if mirrored else f"lie up to {apart * scale:.4g} mm apart"
+    return [f"its sform and qform {how}: the sform is used, and some viewers go by the qform"]

@@ -13,6 +13,7 @@ from ..files import is_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 BRIGHT, SEEN = 0.3, 0.002  # any lung window shows tissue brighter than this, on more than this share of a slice
+LABELS = 8  # greys of a mask, at most
 EXIF_ORIENTATION, TIFF_PHOTOMETRIC = 274, 262
 COLOUR_TOLERANCE = 16  # grey levels between the channels of a grey picture that went through JPEG or WebP
 
@@ -47,8 +48,16 @@ def read_picture(path: str | Path) -> np.ndarray:
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """A mask [H, W] of bool: True where the picture is not black. Raises BadInputError."""
-    return read_picture(path) > 0
+    """A mask [H, W] of bool: True where the picture is not black.
+
+    Raises:
+        BadInputError: as ``read_picture`` does, and for more greys than labels have: all that is no pure black in a
+            picture of probabilities, or one that JPEG has blurred, would count as marked.
+    """
+    grey = read_picture(path)
+    if (count := len(np.unique(grey))) > LABELS:
+        raise BadInputError(path, f"a mask is wanted, of two greys or of up to {LABELS} for labels, got {count}")
+    return grey > 0
 
 
 def check_windowed(path: str | Path, grey: np.ndarray) -> None:

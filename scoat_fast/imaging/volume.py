@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,8 @@ HIGHEST = 5000  # HU; even metal is cut off at 3071 by most scanners
 DENSE, MOSTLY = 700, 0.1  # HU, share of what is no air: only bone is denser, and less than this of a chest is bone
 PLANE_MM, RATIO = (0.05, 20.0), 10.0  # between pixels of a slice, and of the larger to the smaller
 APART_MM = 1000.0  # between slices, at most
+WIDTH_MM = (80.0, 1500.0)  # of a slice; scanners make 100 to 850 mm
+CROP, FINE_MM = 64, 0.3  # a slice of fewer pixels, or of coarser ones, may be narrow: it is cut from a wider one
 
 
 @dataclass
@@ -92,11 +95,13 @@ def check_affine(path: str | Path, affine: np.ndarray) -> None:
         raise BadInputError(path, "its affine is singular: the axes of the grid do not span space")
 
 
-def check_plane(path: str | Path, turn: Turn) -> None:
-    """Raises BadInputError unless the pixels of a slice are of a size and shape that a scanner makes.
+def check_plane(path: str | Path, turn: Turn, shape: Sequence[int]) -> list[str]:
+    """Warnings about the plane of chest CT slices of a shape [slices, H, W].
 
-    The network would see a chest squeezed to a line, and find nothing in it. Slices that lie further apart than a
-    patient is long would give millilitres without sense.
+    Raises:
+        BadInputError: unless a scanner makes slices of that size, and pixels of that size and shape. The network would
+            see a chest squeezed to a line, and find nothing in it. Slices that lie further apart than a patient is
+            long, or a unit of cm for mm, would give millilitres without sense.
     """
     between, rows, columns = turn.spacing
     if between > APART_MM:
@@ -108,6 +113,17 @@ def check_plane(path: str | Path, turn: Turn) -> None:
             f"pixels of {low:g} to {high:g} mm are wanted, no more than {RATIO:g} times as long as wide, "
             f"got {rows:.4g} x {columns:.4g} mm",
         )
+    low, high = WIDTH_MM
+    height, width = shape[1] * rows, shape[2] * columns
+    narrow = max(height, width) < low and min(shape[1:]) >= CROP
+    if max(height, width) > high or (narrow and max(rows, columns) < FINE_MM):
+        raise BadInputError(
+            path,
+            f"slices of {low:g} to {high:g} mm across are wanted, got {height:.4g} x {width:.4g} mm: is its unit mm?",
+        )
+    if not narrow:
+        return []
+    return [f"its slices are only {height:.4g} x {width:.4g} mm across: if its unit is not mm, volumes are wrong"]
 
 
 def check_hu(path: str | Path, slices: np.ndarray) -> list[str]:
@@ -188,8 +204,13 @@ def mask_on_grid(volume: Volume, mask: Volume, may_be_full: bool = False) -> np.
     shape = ours.to_slices(volume.voxels).shape
     if slices.shape != shape:
         raise BadInputError(mask.path, f"the grid of {volume.path.name} is wanted, {shape}, got {slices.shape}")
-    if not np.allclose(ours.slices_affine(volume.voxels.shape), theirs.slices_affine(mask.voxels.shape), atol=1e-2):
-        raise BadInputError(mask.path, f"lies elsewhere in space than {volume.path.name}: their affines differ")
+    corners = np.array([*itertools.product(*((0, length - 1) for length in shape), [1])])
+    affines = [ours.slices_affine(volume.voxels.shape), theirs.slices_affine(mask.voxels.shape)]
+    apart = np.linalg.norm(corners @ (affines[0] - affines[1])[:3].T, axis=1).max()
+    if not apart <= min(ours.spacing) / 2:
+        raise BadInputError(
+            mask.path, f"lies elsewhere in space than {volume.path.name}, up to {apart:.4g} mm: their affines differ"
+        )
     return ours.from_slices(slices != 0)
 
 

@@ -94,8 +94,9 @@ class Segmenter:
         check_min_mm3(min_mm3)
         volume_hu = np.asarray(volume_hu)
         turn = _turn(name, volume_hu, spacing, affine)
+        warnings = check_plane(name, turn, turn.to_slices(volume_hu).shape)
         hu = as_hu(turn.to_slices(volume_hu))
-        warnings = check_hu(name, hu)
+        warnings += check_hu(name, hu)
         if lung is not None:
             lung = turn.to_slices(_checked_lung(name, np.asarray(lung), volume_hu))
         job = Job(hu, turn.spacing[1:], self.threshold(threshold), keeps_probabilities=True)
@@ -205,7 +206,6 @@ def _turn(name: str, volume: np.ndarray, spacing: Sequence[float] | None, affine
         affine = np.array([[0, 0, -mm[2], 0], [0, -mm[1], 0, 0], [mm[0], 0, 0, 0], [0, 0, 0, 1]])
     affine = np.asarray(affine, dtype=float)
     check_affine(name, affine)
-    check_plane(name, Turn(affine))
     return Turn(affine)
 
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from ..errors import BadInputError
 from ..files import is_file
 from ..model import SCOATNet
+from .cases import Case, is_report, is_result
 
 CHUNK = 1 << 20
+LISTS = re.compile(r"(cases|failures)(-\d+-of-\d+)?\.(csv|jsonl)")
 
 
 def input_facts(path: Path) -> dict:
-    """How many files there are, their bytes together, a digest of their sizes and times, and one of their contents.
+    """How many files there are, their bytes together, and digests: of where they lie, of this with their sizes and
+    times, and of their contents.
 
-    Of a folder, the files directly in it are meant. Raises BadInputError.
+    Of a folder, the files directly in it are meant, but for hidden ones and results. Raises BadInputError.
     """
     files = _files(path)
     contents = hashlib.sha256()
@@ -35,17 +39,17 @@ def input_facts(path: Path) -> dict:
                     contents.update(chunk)
         except OSError as error:
             raise BadInputError(file, f"cannot be read: {error.strerror}") from error
-    return {**_stamp(files), "sha256": contents.hexdigest()}
+    return {**_stamp(path, files), "sha256": contents.hexdigest()}
 
 
 def stamp(path: Path) -> dict:
     """The facts of ``input_facts`` that need no reading."""
-    return _stamp(_files(path))
+    return _stamp(path, _files(path))
 
 
 def is_unchanged(path: Path, facts: dict) -> bool:
-    """Whether an input is that of earlier ``input_facts``: each file of the same size and time of change, or else all
-    of the same contents. Raises BadInputError.
+    """Whether an input is that of earlier ``input_facts``: each file in the same place, of the same size and times of
+    change, or else all of the same contents. Raises BadInputError.
     """
     return stamp(path).items() <= facts.items() or input_facts(path)["sha256"] == facts["sha256"]
 
@@ -82,23 +86,45 @@ def finished(report: Path, inputs: dict[str, Path], weights: str, options: str) 
     return found if same else None
 
 
+def other_scan(report: Path, case: Case, facts: dict) -> str | None:
+    """The input of a whole report, if it is of another scan than a case, whose ``input_facts`` are given."""
+    try:
+        found = json.loads(report.read_bytes())
+        made = found["made_from"]["input"]
+        moved = made["place"] != facts["place"]
+        other_series = None not in (made["series"], case.series) and made["series"] != case.series
+        return found["input"] if other_series or (moved and made["sha256"] != facts["sha256"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # no report, or none that is whole: it is the result of nothing
+
+
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     try:
-        return sorted(file for file in path.iterdir() if file.is_file() or file.is_symlink())
+        return sorted(file for file in path.iterdir() if (file.is_file() or file.is_symlink()) and not _is_ours(file))
     except OSError as error:
         raise BadInputError(path, f"cannot be read: {error.strerror}") from error
 
 
-def _stamp(files: list[Path]) -> dict:
+def _is_ours(file: Path) -> bool:
+    """Whether a file is what this program leaves in a folder of results, or hidden: no part of a scan."""
+    if file.name.startswith(".") or LISTS.fullmatch(file.name):
+        return True
+    return is_result(file) or (file.suffix == ".json" and is_report(file))
+
+
+def _stamp(path: Path, files: list[Path]) -> dict:
     try:
         states = [(file.name, file.stat()) for file in files]
     except OSError as error:
         raise BadInputError(error.filename, f"cannot be read: {error.strerror}") from error
-    stamps = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+    place = os.fsencode(os.path.realpath(path))
+    # the second time nobody can set: what archives unpack has the first one that they tell
+    stamps = [[name, state.st_size, state.st_mtime_ns, state.st_ctime_ns] for name, state in states]
     return {
         "files": len(files),
         "bytes": sum(state.st_size for _, state in states),
-        "stamp": hashlib.sha256(json.dumps(stamps).encode()).hexdigest(),
+        "place": hashlib.sha256(place).hexdigest(),
+        "stamp": hashlib.sha256(place + json.dumps(stamps).encode()).hexdigest(),
     }

@@ -31,7 +31,7 @@ from ..imaging.grid import SQUARE_PIXELS
 from .cases import Case, find_cases
 from .inference import Segmenter
 from .journal import Journal, OpenJournal
-from .ledger import finished, input_facts, network_digest, options_digest, stamp
+from .ledger import finished, input_facts, network_digest, options_digest, other_scan, stamp
 from .lungs import Lungs, find_lungs, given_lungs
 from .overlay import contact_sheet
 from .quality import assess
@@ -245,12 +245,16 @@ class Run:
             done = finished(report_path(case, self.output), inputs, self._weights, options)
             if done is not None and not has_stale(case, self.output, done):
                 self._tell(done, "unchanged, ")
-                return row_of(done)
+                return row_of(done) | {"input": str(case.path)}  # it may have been moved
         facts = {name: input_facts(path) for name, path in inputs.items()}
+        report = report_path(case, self.output)
+        if (other := other_scan(report, case, facts["input"])) is not None:
+            raise OutputError(report, f"the result of another scan, {other}: remove it, or choose another folder")
         read, slices = read_case(case, lung)
         for name, path in inputs.items():
             if not stamp(path).items() <= facts[name].items():
                 raise BadInputError(path, "was changed while it was read")
+        facts["input"]["series"] = case.series
         read.made_from = facts | {"weights": self._weights, "options": options}
         if self.options.lung is not None and lung is None:
             read.warnings.append("no lung mask for this case")

@@ -38,12 +38,12 @@ def _read_volume(case: Case, lung_path: Path | None) -> tuple[Read, np.ndarray]:
     """The facts of a volume, and its slices in HU."""
     volume = read_volume(case)
     turn = Turn(volume.affine)
-    check_plane(case.path, turn)
+    doubts = check_plane(case.path, turn, turn.to_slices(volume.voxels).shape)
     lung = None
     if lung_path is not None:  # a crop may lie within the lung
         lung = turn.to_slices(mask_on_grid(volume, read_nifti(lung_path, labels=True), may_be_full=True))
     slices = as_hu(turn.to_slices(volume.voxels))
-    warnings = volume.warnings + check_hu(case.path, slices)
+    warnings = volume.warnings + doubts + check_hu(case.path, slices)
     return Read(case, turn, volume.header, lung, warnings), slices
 
 

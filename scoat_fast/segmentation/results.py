@@ -43,19 +43,23 @@ def check_free(case: Case, output: Path) -> None:
 
 def check_lists(table: Path, failures: Path) -> None:
     """Raises OutputError where the lists of a run would replace a file that this program has not written."""
-    for path, start in ((table, b"case,input,status,"), (failures, b'{"case": ')):
-        if not is_file(path):
-            raise OutputError(path, "what has this name is no file")
-        try:
-            with path.open("rb") as file:
-                line = file.readline()
-                ours = line.startswith(start) or start.startswith(line)  # as much as was on disk when the power went
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise OutputError(path, error.strerror or str(error)) from error
-        if not ours:
-            raise OutputError(path, "a file of this name is there already, and is no result of this program")
+    check_begins(table, b"case,input,status,")
+    check_begins(failures, b'{"case": ')
+
+
+def check_begins(path: Path, start: bytes) -> None:
+    """Raises OutputError where a file is there that does not begin as those of this program."""
+    if not is_file(path):
+        raise OutputError(path, "what has this name is no file")
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+    if not (line.startswith(start) or start.startswith(line)):  # as much as was on disk when the power went
+        raise OutputError(path, "a file of this name is there already, and is no result of this program")
 
 
 def write_results(

@@ -9,6 +9,7 @@ the weights' own window spans where these are empty. A slice without ``patient``
 from __future__ import annotations
 
 import csv
+import hashlib
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,7 @@ def read_index(folder: str | Path) -> list[Slice]:
     folder = Path(folder)
     path = folder / "index.csv"
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = read_csv(file)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInputError(path, f"not a readable index of slices: {error}") from error
@@ -84,7 +85,25 @@ def _slice(index: Path, folder: Path, row: dict[str, str]) -> Slice:
         if not path.is_file():
             raise BadInputError(index, f"slice {row['id']}: its {column} {row[column]!r} is not there")
         paths.append(path)
-    return Slice(row["id"], row["patient"] or "", *paths, window)
+    if Path(row["id"]).name != row["id"]:
+        raise BadInputError(index, f"slice {row['id']!r}: an id is wanted that can be the name of a file")
+    return Slice(row["id"], (row["patient"] or "").strip(), *paths, window)
+
+
+def data_digest(folder: str | Path, slices: Sequence[Slice]) -> str:
+    """Of the index and of the pictures of some of its slices. Raises BadInputError."""
+    return digest([Path(folder) / "index.csv", *(path for slice in slices for path in (slice.image, slice.mask))])
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """One digest of the contents of several files, in their order. Raises BadInputError."""
+    whole = hashlib.sha256()
+    for path in paths:
+        try:
+            whole.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise BadInputError(path, f"cannot be read: {error.strerror}") from error
+    return whole.hexdigest()
 
 
 def of_patients(slices: Sequence[Slice], patients: Sequence[str]) -> list[Slice]:

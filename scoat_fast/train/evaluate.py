@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..errors import ScoatFastError
 from ..files import write_atomically
 from ..imaging.grid import SQUARE_PIXELS
 from ..segmentation.inference import Segmenter
@@ -26,9 +27,11 @@ def evaluate(
     Slices go the way of ``scoat-fast segment``: resized to the network's size, back to their own grid, thresholded
     there. Ratios whose denominator is empty are None. "volume ratio" is predicted to true opacity, "false alarms"
     counts slices without opacity in which some was found. With ``overlays``, a contact sheet of each patient goes
-    into that folder: the masks in red, what was found in cyan.
+    into that folder: the masks in red, what was found in cyan. Raises ScoatFastError for a patient called "total".
     """
     patients = sorted({slice.patient for slice in slices})
+    if TOTAL in patients:
+        raise ScoatFastError(f"a patient cannot be called {TOTAL!r}, which is the row of all of them")
     counts: dict[str, np.ndarray] = {}
     with tqdm(slices, "validating", unit="slice", leave=False, disable=True if quiet else None) as bar:
         for patient in patients:
@@ -44,10 +47,16 @@ def evaluate(
                 metrics = _metrics(counts[patient])
                 dice = "-" if metrics["Dice"] is None else f"{metrics['Dice']:.2f}"
                 title = f"{patient}: Dice {dice}; red: radiologist, cyan: {segmenter.pretrained.name}"
-                image, found, truth = (np.stack(part) for part in zip(*seen, strict=True))
+                image, found, truth = map(_stacked, zip(*seen, strict=True))
                 sheet = contact_sheet(image, found, SQUARE_PIXELS, title, truth)
                 write_atomically(overlays / f"{patient}.png", partial(sheet.save, format="PNG"))
     return {patient: _metrics(row) for patient, row in {**counts, TOTAL: sum(counts.values())}.items()}
+
+
+def _stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures [H, W] as [N, H, W], black beyond what the smaller ones have."""
+    height, width = np.max([picture.shape for picture in pictures], axis=0)
+    return np.stack([np.pad(x, ((0, height - x.shape[0]), (0, width - x.shape[1]))) for x in pictures])
 
 
 def _count(found: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -48,11 +48,15 @@ def prepare(what: Preparation) -> bool:
     """
     if (what.output / "index.csv").exists():
         raise ScoatFastError(f"{what.output} already holds an index.csv; prepare into another folder")
+    kinds = ("images", "masks", "lungs")
+    for folder in (what.output / kind for kind in kinds):
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ScoatFastError(f"{folder} already holds files, without an index.csv: prepare into another folder")
     if what.empty_every < 1:
         raise ScoatFastError(f"--empty-every must be 1 or more, got {what.empty_every}")
     patients = _read_patients(what.patients) if what.patients else None
     cases, errors = find_cases(what.images, what.output)
-    for kind in ("images", "masks", "lungs"):
+    for kind in kinds:
         make_folder(what.output / kind)
     rows = []
     for case in tqdm(cases, unit="volume", disable=True if what.quiet else None):
@@ -76,7 +80,7 @@ def _prepare(case: Case, what: Preparation, patient: str) -> list[dict]:
     volume = read_volume(case)
     turn = Turn(volume.affine)
     hu = turn.to_slices(volume.voxels)
-    check_plane(case.path, turn)
+    check_plane(case.path, turn, hu.shape)
     check_hu(case.path, hu)
     folders = {"masks": what.masks} | ({"lungs": what.lungs} if what.lungs else {})
     masks = {
@@ -138,8 +142,13 @@ def _patient(path: Path, patients: dict[str, str], case: Case) -> str:
 def _read_patients(path: Path) -> dict[str, str]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return {row["volume"]: row["patient"] for row in read_csv(file)}
+            rows = [(row["volume"].strip(), (row["patient"] or "").strip()) for row in read_csv(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInputError(path, f"cannot be read: {error}") from error
     except KeyError as error:
         raise BadInputError(path, f"lacks the column {error}") from error
+    patients = dict(rows)
+    for volume, patient in rows:
+        if patients[volume] != patient:
+            raise BadInputError(path, f"the volume {volume} has two patients, {patient} and {patients[volume]}")
+    return patients

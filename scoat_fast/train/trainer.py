@@ -6,7 +6,6 @@ weights, optimizer, average, best weights and history.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from ..model import SCOATNet
 from ..pretrained import Pretrained, load, save
 from .batches import Batches, Waiting
 from .config import Config, Stage
-from .data import Slice, read_index, split
+from .data import Slice, data_digest, digest, read_index, split
 from .data import load as load_slices
 from .losses import LOSSES, supervised
 
@@ -333,22 +332,10 @@ def _fastest_layout(net: nn.Module, device: torch.device) -> torch.memory_format
 
 def _digests(config: Config, slices: Sequence[Slice]) -> dict[str, str]:
     """What a run reads, as digests: with other data it would not be the same run. Raises BadInputError."""
-    pictures = [path for slice in slices for path in (slice.image, slice.mask)]
-    digests = {"data": _digest([Path(config.data) / "index.csv", *pictures])}
+    digests = {"data": data_digest(config.data, slices)}
     if Path(config.init).is_file():
-        digests["init"] = _digest([Path(config.init)])
+        digests["init"] = digest([Path(config.init)])
     return digests
-
-
-def _digest(paths: Sequence[Path]) -> str:
-    """One digest of the contents of several files, in their order. Raises BadInputError."""
-    whole = hashlib.sha256()
-    for path in paths:
-        try:
-            whole.update(hashlib.sha256(path.read_bytes()).digest())
-        except OSError as error:
-            raise BadInputError(path, f"cannot be read: {error.strerror}") from error
-    return whole.hexdigest()
 
 
 def _initialise(net: SCOATNet, source: str) -> None:
