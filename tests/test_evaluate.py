@@ -90,6 +90,16 @@ def test_what_lacks_its_counterpart_or_its_grid_is_named(masks, tmp_path, capsys
     assert list(result["cases"]) == ["a", "b"] and len(result["left_out"]) == 4
 
 
+def test_a_case_may_be_called_as_a_total_is(masks, tmp_path, capsys):
+    for folder, suffix in zip(masks, ("_mask", ""), strict=True):
+        (folder / f"a{suffix}.nii.gz").rename(folder / f"mean{suffix}.nii.gz")
+    assert run("evaluate", *masks, "--csv", tmp_path / "out.csv", "--quiet") == EXIT_OK
+    printed = capsys.readouterr().out
+    assert "| mean | 64.00 |" in printed and "| mean | 82.00 |" in printed
+    rows = [(row["case"], float(row["DSC"])) for row in csv.DictReader((tmp_path / "out.csv").open())]
+    assert [name for name, _ in rows] == ["b", "mean", "mean", "pooled"] and rows[1][1] == 0.64
+
+
 def test_pictures_and_single_files(tmp_path, capsys):
     for folder, mask in (("found", np.eye(20)), ("truth", np.eye(20) + np.eye(20, k=1))):
         (tmp_path / folder).mkdir()
@@ -99,6 +109,19 @@ def test_pictures_and_single_files(tmp_path, capsys):
     assert run("evaluate", tmp_path / "found" / "a.png", tmp_path / "truth" / "a.png", "--quiet") == EXIT_OK
     assert "mL" not in capsys.readouterr().out
     assert run("evaluate", tmp_path / "found" / "a.png", tmp_path / "truth", "--quiet") == EXIT_USAGE
+    probabilities = np.linspace(0, 255, 400).reshape(20, 20).astype(np.uint8)
+    for pixels, reason in ((probabilities, "got 256"), (np.full((20, 20), 255, np.uint8), "every voxel is set")):
+        Image.fromarray(pixels).save(tmp_path / "found" / "a.png")
+        assert run("evaluate", tmp_path / "found", tmp_path / "truth", "--quiet") == EXIT_USAGE
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("factor", "same"), [(1.0002, True), (1.05, False)])
+def test_a_grid_is_another_where_voxels_lie_beside_their_counterparts(masks, factor, same, capsys):
+    """Half of one away at most: affines are rounded when they are written."""
+    volume(masks[0] / "a_mask.nii.gz", nib.load(masks[0] / "a_mask.nii.gz").get_fdata(), ASYMMETRIC * factor)
+    assert run("evaluate", *masks, "--quiet") == (EXIT_OK if same else EXIT_FAILED_CASES)
+    assert same or "a.nii.gz: lies elsewhere in space" in capsys.readouterr().err
 
 
 def test_the_example_is_what_validation_says(tmp_path, capsys):

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +19,8 @@ from PIL import Image
 from test_segment import run
 
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
+from scoat_fast.imaging.window import LUNG
+from scoat_fast.report.followup import cuts, read_visits
 from scoat_fast.report.pages import number, rows_of
 
 VOID = {"meta", "img", "br", "link"}
@@ -125,6 +127,32 @@ def test_a_case_in_several_tables_is_one_case(ct, weights, tmp_path):
     assert "1 cases" in text and "failed" not in text
 
 
+def test_a_scan_that_got_another_name_is_one_case(ct, weights, tmp_path):
+    """As more of its name joined it."""
+    arguments = ["segment", tmp_path / "in", "-o", tmp_path / "results", "--weights", weights, "--quiet"]
+    for patient, name in (("a", "ct"), ("b", "caf\udce9")):
+        (tmp_path / "in" / patient).mkdir(parents=True)
+        shutil.copy(ct, tmp_path / "in" / patient / "ct.nii.gz")
+        shutil.copy(ct, tmp_path / "in" / patient / f"{name}.nii.gz")  # no UTF-8
+        assert run(*arguments) == EXIT_OK
+    assert len(list((tmp_path / "results").glob("*.json"))) == 4
+    assert run("report", tmp_path / "results", "-o", tmp_path / "report", "--quiet") == EXIT_OK
+    index = Page(tmp_path / "report" / "index.html")
+    assert "3 cases" in index.text
+    for address in index.addresses:
+        assert address.startswith("data:") or (tmp_path / "report" / os.fsdecode(unquote_to_bytes(address))).is_file()
+
+
+def test_a_table_leads_out_of_no_folder(results, tmp_path, capsys):
+    table = results / "cases.csv"
+    table.write_text(table.read_text().replace("plain", "../../plain", 1))
+    report = tmp_path / "deep" / "report"
+    report.parent.mkdir()
+    assert run("report", results, "-o", report, "--quiet") == EXIT_USAGE
+    assert "no table of this program" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.html"))
+
+
 def test_files_of_others_stay(results, tmp_path, capsys):
     report = tmp_path / "report"
     report.mkdir()
@@ -201,6 +229,44 @@ def test_followups_that_make_no_sense(visits, results, tmp_path, capsys):
         assert run("followup", *given, "-o", tmp_path / output) == EXIT_USAGE
         assert reason in capsys.readouterr().err
     assert not list(tmp_path.glob("page*"))
+    (tmp_path / "page.csv").write_text("my,own,notes\n")
+    given = [first, f"2026-02-01={visits / 'v1.json'}"]
+    assert run("followup", *given, "-o", tmp_path / "page.html") == EXIT_USAGE
+    assert "page.csv: cannot be written: a file of this name is there already" in capsys.readouterr().err
+    assert (tmp_path / "page.csv").read_text() == "my,own,notes\n" and not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(("option", "name"), [(("--threshold", 0.9), "threshold"), (("--min-mm3", 9), "min_mm3")])
+def test_a_change_of_how_scans_were_segmented_is_none_of_the_patient(visits, weights, tmp_path, capsys, option, name):
+    options = ("--weights", weights, "--threshold", 0.2, "--quiet")
+    assert run("segment", tmp_path / "visits", "-o", tmp_path / "other", *options, *option) == EXIT_OK
+    given = [f"2026-01-01={visits / 'v0.json'}", f"2026-02-01={tmp_path / 'other' / 'v0.json'}"]
+    for command in (
+        ("followup", *given, "-o", tmp_path / "page.html"),
+        ("figure", 6, *given, "-o", tmp_path / "6.png"),
+    ):
+        assert run(*command) == EXIT_USAGE
+        assert f"the same {name} as in {visits / 'v0.json'} is wanted (" in capsys.readouterr().err
+    assert not list(tmp_path.glob("page*"))
+
+
+def test_who_recovered_is_shown_in_the_middle(visits, phantom, weights, tmp_path):
+    report = visits / "v0.json"
+    nothing = json.loads(report.read_text())
+    nothing["statistics"]["ml"] = 0.0
+    report.write_text(json.dumps(nothing))
+    mask = nib.load(visits / "v0_mask.nii.gz")
+    nib.save(nib.Nifti1Image(0 * np.asarray(mask.dataobj), mask.affine), visits / "v0_mask.nii.gz")
+    given = [f"2026-01-01={visits / 'v1.json'}", f"2026-02-01={report}"]
+    recovered = read_visits(given)[1]
+    (axial, marked, _), (coronal, *_) = cuts(recovered)
+    greys = LUNG.apply(phantom.transpose(2, 1, 0)[:, :, :].astype(np.float32))  # feet up, front first, right first
+    assert not marked.any()
+    np.testing.assert_allclose(axial, greys[3], atol=1e-6)
+    np.testing.assert_allclose(coronal, greys[::-1, 18], atol=1e-6)
+    assert run("followup", *given, "-o", tmp_path / "page.html") == EXIT_OK
+    text = Page(tmp_path / "page.html").text
+    assert text.count("no opacity, slices in the middle") == 1 and "a threshold of 0.2" in text
 
 
 # In a browser

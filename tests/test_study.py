@@ -21,6 +21,7 @@ from test_segment import run
 from scoat_fast import SCOATNet
 from scoat_fast.cli import EXIT_OK, EXIT_USAGE
 from scoat_fast.layers import ResidualBlock
+from scoat_fast.pretrained import Pretrained, save
 from scoat_fast.study.metrics import METRICS
 from scoat_fast.study.networks import (
     NETWORKS,
@@ -174,7 +175,15 @@ def test_a_study_does_only_what_is_missing_and_the_same_again(data, studied, tmp
     assert times == {path: path.stat().st_mtime_ns for path in times} and len(times) == 5
     assert (out / "tables.md").read_text() == (studied / "tables.md").read_text()
     assert run("study", data, "-o", out, "--networks", "scoat", *TINY, "--epochs", 2) == EXIT_USAGE
-    assert "holds a run with other options" in capsys.readouterr().err
+    assert "holds a run with other options (epochs)" in capsys.readouterr().err
+    for options in (("--networks", "unet", "--epochs", 2), ("--networks", "unet", "--folds", 3)):
+        assert run("study", data, "-o", out, *TINY, *options) == EXIT_USAGE  # nor one beside it
+        assert "holds a run with other options (" in capsys.readouterr().err
+    corrected = shutil.copytree(data, tmp_path / "data")
+    mask = corrected / "masks" / "s1.png"
+    Image.fromarray(~np.asarray(Image.open(mask))).save(mask)
+    assert run("study", corrected, "-o", out, "--networks", "scoat", *TINY) == EXIT_USAGE
+    assert "holds a run with other options (data)" in capsys.readouterr().err
 
 
 def test_tables_have_means_intervals_and_a_paired_test(studied):
@@ -202,6 +211,15 @@ def test_tables_of_known_numbers(tmp_path):
     assert "| U-Net | 1.00 | 43.5 (" in text and f"| {2 / 256:.3f} |" in text and "FCN" not in text
     low, high = re.search(r"\| SCOAT-Net \| 1.00 \| 53.5 \((.*?) to (.*?)\)", text).groups()
     assert 51 < float(low) < 53.5 < float(high) < 56
+    runs += [{**runs[0], "loss": "bce-dice-literal"}, {**runs[1], "loss": "dice"}]
+    (tmp_path / "study.json").write_text(json.dumps({"runs": runs}))
+    *_, rest = tables(tmp_path / "study.json").split("In none of the paper's tables; means over 8 ")
+    assert "| SCOAT-Net, BCE-Dice (equation 7 as printed) | 1.00 | 53.5 (" in rest
+    assert "| U-Net, Dice | 1.00 | 43.5 (" in rest and "paper's" not in rest
+    runs.append({**runs[1], "network": "unet++", "patients": {"p0": worse["p0"]}})
+    (tmp_path / "study.json").write_text(json.dumps({"runs": runs}))
+    with pytest.raises(ValueError, match="judged on different patients"):
+        tables(tmp_path / "study.json")
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(ValueError, match="not the results of a study"):
         tables(tmp_path / "study.json")
@@ -223,6 +241,10 @@ def test_figures_of_a_study(data, studied, tmp_path, capsys):
         for again in ("", "again"):  # equal input, equal bytes
             assert run("figure", *arguments, "-o", tmp_path / f"{again}{name}") == EXIT_OK
         assert (tmp_path / name).read_bytes() == (tmp_path / f"again{name}").read_bytes()
+    published = SCOATNet(3, 1, 3, deep_supervision=True).eval()
+    save(published, tmp_path / "heads.safetensors", Pretrained("test", size=32))
+    weights = ("--weights", tmp_path / "heads.safetensors")
+    assert run("figure", "5", data, "--slices", ids, *weights, "-o", tmp_path / "5.png") == EXIT_OK
     colours = np.asarray(Image.open(tmp_path / "4.png").convert("RGB")).reshape(-1, 3).astype(int)
     assert (np.ptp(colours, axis=1) > 100).any()  # contours in red or cyan
     for reason, *arguments in (

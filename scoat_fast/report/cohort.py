@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ def write_report(results: Path, output: Path, full_paths: bool = False, quiet: b
     for entry in tqdm(entries, unit="case", disable=True if quiet else None):
         doubts = []
         write_page(output / "cases" / f"{entry.name}.html", "case.html", **_case_page(results, entry, doubts))
-        entry.page = f"cases/{quote(entry.name)}.html"
+        entry.page = f"cases/{quote(os.fsencode(entry.name))}.html"
         if entry.report is not None and not entry.error:
             entry.numbers = entry.report["statistics"]
         entry.report = entry.report and {"qc": entry.report["qc"]}  # the rest is on its page
@@ -83,8 +84,11 @@ def write_report(results: Path, output: Path, full_paths: bool = False, quiet: b
 
 
 def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
-    """The cases of the tables, and of the reports that no table names. What several tables name, the latest tells."""
-    seen = set()
+    """The cases of the tables, and of the reports that no table names. What several tables name, the latest tells.
+
+    A scan that a table names is left out under the name that it had before another one of that name joined it.
+    """
+    seen, scans = set(), set()
     try:
         tables = sorted(results.glob("cases*.csv"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
     except OSError as error:
@@ -96,12 +100,27 @@ def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
         except (OSError, csv.Error) as error:
             raise BadInputError(table, f"cannot be read: {error}") from error
         for row in rows:
+            if Path(row["case"]).name != row["case"]:
+                raise BadInputError(table, f"a case that is called {one_line(row['case'])}: no table of this program")
             if row["case"] not in seen:
                 seen.add(row["case"])
-                yield _entry(results / f"{row['case']}.json", row["case"], row, full_paths)
+                entry = _entry(results / f"{row['case']}.json", row["case"], row, full_paths)
+                scans.add(_scan(entry))
+                yield entry
     for path in sorted(results.glob("*.json")):
         if path.stem not in seen and is_report(path):
-            yield _entry(path, path.stem, {}, full_paths)
+            entry = _entry(path, path.stem, {}, full_paths)
+            if _scan(entry) is None or _scan(entry) not in scans:
+                yield entry
+
+
+def _scan(entry: Entry) -> tuple | None:
+    """Where the scan of a report lies, if it has one that says so."""
+    try:
+        made = entry.report["made_from"]["input"]
+        return made["place"], made["series"]
+    except (KeyError, TypeError):
+        return None
 
 
 def _entry(path: Path, name: str, row: dict, full_paths: bool) -> Entry:

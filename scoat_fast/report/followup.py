@@ -21,9 +21,11 @@ from ..imaging.window import LUNG
 from ..segmentation.cases import find_cases, is_report, read_volume
 from ..segmentation.ledger import is_unchanged
 from ..segmentation.overlay import FOUND, contour
+from ..segmentation.results import check_begins
 from .pages import number, picture, write_page
 
 NUMBERS = ("ml", "share_of_lung", "ground_glass_ml", "consolidation_ml", "right_share", "left_share")
+SETTINGS = ("weights", "threshold", "min_mm3")
 COLUMNS = ("date", "case", *NUMBERS, "change_ml", "change_percent")
 ACROSS = 420  # pixels of a picture
 WIDE, TALL, EDGE = 640, 200, 46  # of the chart
@@ -42,6 +44,10 @@ class Visit:
     coronal: str = ""
     doubt: str = ""
 
+    @property
+    def is_clear(self) -> bool:
+        return not self.report["statistics"]["ml"]
+
 
 def write_followup(given: Sequence[str], output: Path) -> None:
     """Writes a page and, beside it, a table.
@@ -52,12 +58,15 @@ def write_followup(given: Sequence[str], output: Path) -> None:
         output: ends in ``.html``; the table has the same name and ``.csv``.
 
     Raises:
-        ScoatFastError: for a date that is none, or two of the same. BadInputError: for a file that is no such report.
-        OutputError: for a file of somebody else, or one that cannot be written.
+        ScoatFastError: for a date that is none, two of the same, or results that were made in different ways.
+        BadInputError: for a file that is no such report. OutputError: for a file of somebody else, or one that cannot
+        be written.
     """
     if output.suffix != ".html":
         raise ScoatFastError(f"a page that ends in .html is wanted, got {output.name!r}")
     visits = read_visits(given)
+    table = output.with_suffix(".csv")
+    check_begins(table, ",".join(COLUMNS).encode())
     for before, visit in itertools.pairwise(visits):
         old, new = (one.report["statistics"]["ml"] for one in (before, visit))
         visit.change_ml = new - old
@@ -76,9 +85,11 @@ def write_followup(given: Sequence[str], output: Path) -> None:
         ("Left lung", _row(visits, "left_share")),
         ("Ground glass", _row(visits, "ground_glass_ml")),
         ("Consolidation", _row(visits, "consolidation_ml")),
+        ("Lung mask", _row(visits, "lung_mask")),
     ]
-    write_page(output, "followup.html", visits=visits, rows=rows, chart=_chart(visits), version=__version__)
-    write_csv(output.with_suffix(".csv"), COLUMNS, map(_table_row, visits))
+    made = dict(zip(SETTINGS, _settings(visits[0]), strict=True)) | {"weights": visits[0].report["weights"]}
+    write_page(output, "followup.html", visits=visits, rows=rows, chart=_chart(visits), made=made, version=__version__)
+    write_csv(table, COLUMNS, map(_table_row, visits))
 
 
 def read_visits(given: Sequence[str]) -> list[Visit]:
@@ -86,7 +97,21 @@ def read_visits(given: Sequence[str]) -> list[Visit]:
     visits = sorted(map(_visit, given), key=lambda visit: visit.date)
     if len(visits) < 2 or len({visit.date for visit in visits}) < len(visits):
         raise ScoatFastError("results of two or more different dates are wanted")
+    for visit in visits[1:]:
+        for name, value, first in zip(SETTINGS, _settings(visit), _settings(visits[0]), strict=True):
+            if value != first:
+                raise BadInputError(
+                    visit.path,
+                    f"the same {name} as in {visits[0].path} is wanted ({first}), got {value}: a change would be of "
+                    "how they were segmented, and not of the patient",
+                )
     return visits
+
+
+def _settings(visit: Visit) -> tuple:
+    """What an amount of opacity depends on, beside the scan."""
+    report = visit.report
+    return report["made_from"]["weights"], report["threshold"], report["min_mm3"]
 
 
 def _visit(given: str) -> Visit:
@@ -99,7 +124,8 @@ def _visit(given: str) -> Visit:
     if not is_report(report):
         raise BadInputError(report, "a report that scoat-fast segment wrote is wanted")
     found = json.loads(report.read_bytes())
-    if not {"qc", "made_from", "statistics"} <= found.keys() or found["statistics"].get("ml") is None:
+    known = {"qc", "made_from", "statistics", "weights", "threshold", "min_mm3"} <= found.keys()
+    if not known or found["statistics"].get("ml") is None:
         raise BadInputError(report, "a volume's report is wanted: this one has no mL")
     return Visit(day, report, found)
 
@@ -116,7 +142,7 @@ def _table_row(visit: Visit) -> dict:
 
 def cuts(visit: Visit) -> list[tuple[np.ndarray, np.ndarray, float]]:
     """The axial and the coronal slice with the most opacity, the head up: grey values in 0..1 and mask [H, W], and the
-    ratio of a pixel's height to its width. Raises BadInputError.
+    ratio of a pixel's height to its width; those in the middle, where there is none. Raises BadInputError.
     """
     cases, errors = find_cases([visit.report["input"]], visit.path.parent)
     if errors or len(cases) != 1:
@@ -130,7 +156,9 @@ def cuts(visit: Visit) -> list[tuple[np.ndarray, np.ndarray, float]]:
     marked = turn.to_slices(mask_on_grid(volume, mask, may_be_full=True))
     greys = LUNG.apply(turn.to_slices(volume.voxels).astype(np.float32))
     between_slices, rows, columns = turn.spacing
-    k, row = int(marked.sum(axis=(1, 2)).argmax()), int(marked.sum(axis=(0, 2)).argmax())
+    k, row = marked.shape[0] // 2, marked.shape[1] // 2
+    if marked.any():
+        k, row = int(marked.sum(axis=(1, 2)).argmax()), int(marked.sum(axis=(0, 2)).argmax())
     return [
         (greys[k], marked[k], rows / columns),
         (greys[::-1, row], marked[::-1, row], between_slices / columns),

@@ -74,7 +74,8 @@ def write_page(path: Path, template: str, **values) -> None:
         raise OutputError(path, error.strerror or str(error)) from error
     if not ours:
         raise OutputError(path, "a file of this name is there already, and is no page of this program")
-    write_text(path, _environment().get_template(template).render(mark=MARK, **values))
+    text = _environment().get_template(template).render(mark=MARK, **values)
+    write_text(path, text.encode(errors="surrogateescape").decode(errors="replace"))  # names of files may be no UTF-8
 
 
 @cache

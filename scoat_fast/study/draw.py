@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def figure4(study: Path, data: Path, ids: Sequence[str], networks: Sequence[str]
     for network in networks:
         masks = {}
         for slice in slices:
-            paths = list((study / "runs").glob(f"{network}-{loss}-fold*/predictions/{slice.id}.png"))
+            paths = list((study / "runs").glob(f"{network}-{loss}-fold*/predictions/{escape(slice.id)}.png"))
             if len(paths) != 1:
                 raise ScoatFastError(f"{study} has {len(paths)} predictions of {network} with {loss} for {slice.id}")
             masks[slice.id] = read_mask(paths[0])
@@ -64,13 +65,14 @@ def figure4(study: Path, data: Path, ids: Sequence[str], networks: Sequence[str]
 def figure5(weights: str, data: Path, ids: Sequence[str], output: Path) -> None:
     """What a network found in slices, and its attention maps ``MAPS``. Raises BadInputError."""
     net = SCOATNet.from_pretrained(weights)
+    net.deep_supervision = False
     facts = net.pretrained
     greys, truth, found, maps = {}, {}, {}, {}
     for slice in _slices(data, ids):
         grey, mask = slice.read(Window(*facts.window))
         square = to_square(torch.from_numpy(grey)[None, None], SQUARE_PIXELS, facts.size)
         with torch.no_grad():
-            logits, attended = net(square, return_attention=True)
+            logits, attended = net(square.expand(-1, net.in_channels, -1, -1), return_attention=True)
         shape = (facts.size, facts.size)
         large = [torch.nn.functional.interpolate(attended[name], shape, mode="bilinear") for name in MAPS]
         answer, *each = (from_square(x, grey.shape, SQUARE_PIXELS)[0, 0].numpy() for x in (logits.sigmoid(), *large))

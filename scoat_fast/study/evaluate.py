@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,7 +65,8 @@ def evaluate(predicted: Path, truth: Path, rules: Rules, outputs: Outputs, quiet
     if not cases:
         raise ScoatFastError("no case could be evaluated")
     totals = {"mean": mean(cases.values()), "pooled": scores(counts, rules.empty)}
-    print(table(cases | totals))
+    rows = [*cases.items(), *totals.items()]  # a case may be called as these are
+    print(table(rows))
     if outputs.json:
         found = {
             "scoat_fast": __version__,
@@ -76,8 +77,7 @@ def evaluate(predicted: Path, truth: Path, rules: Rules, outputs: Outputs, quiet
         }
         write_text(outputs.json, json.dumps(found, indent=2, allow_nan=False) + "\n")
     if outputs.csv:
-        rows = [{"case": name, **row} for name, row in (cases | totals).items()]
-        write_csv(outputs.csv, ("case", *COLUMNS), rows)
+        write_csv(outputs.csv, ("case", *COLUMNS), [{"case": name, **row} for name, row in rows])
     if outputs.figure:
         box_plot(cases, outputs.figure)
     return not errors
@@ -93,11 +93,11 @@ def mean(rows: Iterable[dict[str, float | None]]) -> dict[str, float | None]:
     return {name: math.fsum(known) / len(known) if known else None for name, known in values.items()}
 
 
-def table(rows: dict[str, dict]) -> str:
+def table(rows: Sequence[tuple[str, dict]]) -> str:
     """Numbers by case and name as a Markdown table; shares in percent, as in the paper."""
-    columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows.values())]
+    columns = [name for name in COLUMNS if any(row.get(name) is not None for _, row in rows)]
     lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for case, row in rows.items():
+    for case, row in rows:
         values = [(row.get(name), 1 if name.endswith("mL") else 100) for name in columns]
         cells = ["-" if value is None else f"{value * scale:.2f}" for value, scale in values]
         lines.append(f"| {one_line(case)} | " + " | ".join(cells) + " |")
@@ -110,6 +110,8 @@ def _evaluate(predicted: Path, truth: Path, rules: Rules) -> tuple[dict[str, flo
         raise BadInputError(predicted, f"two volumes or two pictures are wanted, got a truth named {truth.name}")
     if not _is_nifti(predicted):
         ours, theirs = read_mask(predicted)[None], read_mask(truth)[None]
+        for path, mask in ((predicted, ours), (truth, theirs)):
+            check_mask(path, mask)
         if ours.shape != theirs.shape:
             raise BadInputError(
                 predicted, f"a mask of {theirs.shape[1:]} is wanted, as its truth, got {ours.shape[1:]}"

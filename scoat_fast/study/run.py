@@ -21,7 +21,7 @@ from ..files import make_folder, write_atomically, write_text
 from ..imaging.grid import SQUARE_PIXELS, from_square, to_square
 from ..imaging.window import Window
 from ..train.config import Config, default_recipe
-from ..train.data import Slice, fold_patients, load, of_patients, read_index
+from ..train.data import Slice, data_digest, fold_patients, load, of_patients, read_index
 from .metrics import Counts, count, scores
 from .networks import build
 from .tables import RESULT, Result, write_tables
@@ -66,7 +66,7 @@ def run(study: Study, data: Path, output: Path, device: str, quiet: bool = False
 
     Raises:
         ScoatFastError: for a network or loss that is none, without its library, or where ``output`` holds a run that
-            was trained otherwise. BadInputError: for data that cannot be used.
+            was trained otherwise, or on other data. BadInputError: for data that cannot be used.
     """
     try:
         from lightning_fabric import Fabric
@@ -82,6 +82,9 @@ def run(study: Study, data: Path, output: Path, device: str, quiet: bool = False
     slices = read_index(data)
     loaded = _Loaded(slices)
     folds = [fold_patients(slices, fold, study.folds, study.seed, study.exclude) for fold in range(study.folds)]
+    conditions = _conditions(study, data_digest(data, slices))
+    for path in sorted((output / "runs").glob(f"*/{RESULT}")):
+        _check(path, "conditions", conditions)
     for loss in study.losses:
         for network in study.networks:
             for fold, patients in enumerate(folds, 1):
@@ -95,6 +98,7 @@ def run(study: Study, data: Path, output: Path, device: str, quiet: bool = False
                 result = _run(config, folder, of_patients(slices, patients), fabric, quiet, loaded)
                 about = {"network": network, "loss": loss, "fold": fold, "folds": study.folds}
                 made_by = {"scoat_fast": __version__, "device": device, "config": _described(config)}
+                made_by["conditions"] = conditions
                 write_text(folder / RESULT, json.dumps(about | made_by | asdict(result), indent=1) + "\n")
                 (folder / CHECKPOINT).unlink()
                 write_tables(output)
@@ -121,18 +125,32 @@ def _described(config: Config) -> dict:
     return {name: value for name, value in json.loads(json.dumps(config.describe())).items() if name != "data"}
 
 
+def _conditions(study: Study, data: str) -> dict:
+    """What all runs of a study have in common: without it their results are not to be compared."""
+    common = {name: value for name, value in asdict(study).items() if name not in ("networks", "losses")}
+    return json.loads(json.dumps(common | {"data": data}))
+
+
 def _is_done(folder: Path, config: Config) -> bool:
     """Whether a run has its result. Raises ScoatFastError where that was trained otherwise."""
     path = folder / RESULT
     if not path.exists():
         return False
-    try:
-        made = json.loads(path.read_bytes())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ScoatFastError(f"{path}: not a readable result: {error}") from error
-    if made != _described(config):
-        raise ScoatFastError(f"{folder} holds a run with other options: choose another folder, or the same options")
+    _check(path, "config", _described(config))
     return True
+
+
+def _check(path: Path, what: str, wanted: dict) -> None:
+    """Raises ScoatFastError unless a result was made so."""
+    try:
+        made = json.loads(path.read_bytes())[what]
+        changed = sorted(name for name in {*made, *wanted} if made.get(name) != wanted.get(name))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ScoatFastError(f"{path}: not a readable result: {error!r}") from error
+    if changed:
+        raise ScoatFastError(
+            f"{path.parent} holds a run with other options ({', '.join(changed)}): choose another folder, or the same"
+        )
 
 
 class _Loaded:

@@ -25,6 +25,7 @@ TITLES = {
     "unet++": "UNet++", "unet++-v1": "AttentionV1", "unet++-v2": "AttentionV2", "unet++-v3": "AttentionV3",
     "unet++-res": "UNet++, residual", "scoat": "SCOAT-Net",
     "mae": "MAE", "iou": "IoU", "bce": "BCE", "dice": "Dice", "focal": "Focal", "bce-dice": "BCE-Dice",
+    "bce-dice-literal": "BCE-Dice (equation 7 as printed)",
 }  # fmt: skip
 # the paper's percentages, in the order of METRICS. Its VA of BCE-Dice in table I, 90.64, repeats PPV; tables II and III
 # say 94.97. Attention U-Net has the same number twice, too.
@@ -77,7 +78,7 @@ def tables(path: Path) -> str:
         groups = _groups(runs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInputError(path, f"not the results of a study: {error}") from error
-    parts = []
+    parts, shown = [], set()
     for title, names, key in (
         ("I: SCOAT-Net with different losses", LOSSES, lambda name: ("scoat", name)),
         ("II: networks", TABLE_2, lambda name: (name, "bce-dice")),
@@ -85,7 +86,12 @@ def tables(path: Path) -> str:
     ):
         there = [name for name in names if key(name) in groups]
         if there:
-            parts.append(_table(title, there, [groups[key(name)] for name in there], groups.get(OURS)))
+            parts.append(_table(f"Table {title}", {TITLES[name]: key(name) for name in there}, groups))
+            parts.append(_paper(there))
+            shown |= {key(name) for name in there}
+    rest = {", ".join(TITLES[name] for name in key): key for key in groups if key not in shown}
+    if rest:
+        parts.append(_table("In none of the paper's tables", rest, groups))
     return "\n".join(parts) if parts else "Nothing was run on all its folds yet.\n"
 
 
@@ -97,24 +103,32 @@ def _groups(runs: Sequence[dict]) -> dict[tuple[str, str], dict]:
         group["folds"].add(run["fold"])
         group["patients"] |= run["patients"]
         group["parameters"] = run["parameters"]
-    return {key: group for key, group in groups.items() if len(group["folds"]) == group["of"]}
+    whole = {key: group for key, group in groups.items() if len(group["folds"]) == group["of"]}
+    if len({frozenset(group["patients"]) for group in whole.values()}) > 1:
+        raise ValueError("its runs were judged on different patients")
+    return whole
 
 
-def _table(title: str, names: Sequence[str], groups: Sequence[dict], ours: dict | None) -> str:
-    patients = len(groups[0]["patients"])
+def _table(title: str, rows: dict[str, tuple[str, str]], groups: dict[tuple[str, str], dict]) -> str:
+    """``rows``: what each is called, and its network and loss."""
+    patients = len(groups[next(iter(rows.values()))]["patients"])
     lines = [
-        f"Table {title}; means over {patients} held-out patients in percent, with 95 % intervals. p: that the Dice is "
+        f"{title}; means over {patients} held-out patients in percent, with 95 % intervals. p: that the Dice is "
         "SCOAT-Net's (BCE-Dice), by permutation of pairs.",
         "",
         "| | parameters, MiB | " + " | ".join(METRICS) + " | p |",
         "|---" * (len(METRICS) + 3) + "|",
     ]
-    for name, group in zip(names, groups, strict=True):
+    for label, key in rows.items():
+        group = groups[key]
         cells = [_interval([row[metric] for row in group["patients"].values()]) for metric in METRICS]
-        other = "-" if ours is None or group is ours else _p_value(group, ours)
-        lines.append(f"| {TITLES[name]} | {group['parameters'] * MIB:.2f} | " + " | ".join(cells) + f" | {other} |")
-    lines += [
-        "",
+        other = "-" if OURS not in groups or key == OURS else _p_value(group, groups[OURS])
+        lines.append(f"| {label} | {group['parameters'] * MIB:.2f} | " + " | ".join(cells) + f" | {other} |")
+    return "\n".join(lines) + "\n"
+
+
+def _paper(names: Sequence[str]) -> str:
+    lines = [
         "The paper's, on its private data of 19 patients: other data, not comparable.",
         "",
         "| | " + " | ".join(METRICS) + " |",
