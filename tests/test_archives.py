@@ -284,6 +284,8 @@ def test_a_scan_in_an_archive(ct, slices, weights, tmp_path):
     series = write_series(tmp_path / "series", slices)
     files = {f"Pati\u00ebnt/../x/{path.name}".replace("../", ""): path.read_bytes() for path in series.iterdir()}
     files |= {"README.txt": b"hello", "__MACOSX/._IM0001": b"\0\1", "empty/": b""}
+    slice = next(series.iterdir()).read_bytes()
+    files |= {next(iter(files)).replace("IM", ".IM"): slice, ".trash/IM0001": slice, "IM0001.dcm/.hidden": b""}
     dicom = zipped(tmp_path / "dicom.zip", files)
     nifti = zipped(tmp_path / "nifti.ZIP", {"deep/er/CT scan.nii.gz": ct.read_bytes()})
     expected = read_series(series)

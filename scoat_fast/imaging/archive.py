@@ -16,7 +16,8 @@ CHUNK = 1 << 20
 
 
 def unpack(path: Path, folder: Path, most: int | None = None, wanted: Container[str] | None = None) -> None:
-    """Unpacks an archive into an empty folder, under names of its own: a number, and the suffix that the file had.
+    """Unpacks an archive into an empty folder, but for what is hidden, under names of its own: a number, and the suffix
+    that the file had.
 
     Args:
         most: bytes of each file, to look at their headers; all by default.
@@ -33,7 +34,7 @@ def unpack(path: Path, folder: Path, most: int | None = None, wanted: Container[
             folders = {name: k for k, name in enumerate(sorted({_parent(member) for member in members}))}
             for k, member in enumerate(members):
                 place = f"{folders[_parent(member)]:05}/{k:05}{_suffix(member)}"
-                if wanted is None or place in wanted:
+                if not _is_hidden(member) and (wanted is None or place in wanted):
                     (folder / place).parent.mkdir(exist_ok=True)
                     _extract(path, archive, member, folder / place, most)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -79,11 +80,15 @@ def _parent(member: zipfile.ZipInfo) -> str:
     return str(PurePosixPath(member.filename.replace("\\", "/")).parent)
 
 
+def _is_hidden(member: zipfile.ZipInfo) -> bool:
+    """Whether a folder would not be searched for it, either; or it is what macOS adds."""
+    parts = PurePosixPath(member.filename.replace("\\", "/")).parts
+    return "__MACOSX" in parts or any(part.startswith(".") for part in parts)
+
+
 def _suffix(member: zipfile.ZipInfo) -> str:
-    """What tells the kind of a file; hidden files and those of macOS stay hidden."""
+    """What tells the kind of a file."""
     name = PurePosixPath(member.filename.replace("\\", "/")).name
-    if name.startswith(".") or "__MACOSX" in member.filename:
-        return ".hidden"
     if name.lower().endswith(".nii.gz"):
         return ".nii.gz"
     suffix = PurePosixPath(name).suffix
