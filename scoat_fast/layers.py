@@ -41,10 +41,14 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
 @torch.no_grad()
 def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves the running statistics, as the layer does: towards the unbiased variance."""
-    norm.num_batches_tracked.add_(1)
-    momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    momentum = norm.momentum or 0.0
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / norm.num_batches_tracked.item()
     for running, found in ((norm.running_mean, mean), (norm.running_var, var * (count / (count - 1)))):
-        running.lerp_(found.to(running.dtype), momentum)
+        if running is not None:
+            running.lerp_(found.to(running.dtype), momentum)
 
 
 class PlainBlock(nn.Module):

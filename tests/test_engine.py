@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import pickle
 import subprocess
 import sys
@@ -309,6 +310,46 @@ def test_the_network_stays_as_it_was():
     with torch.no_grad():
         net.final.bias += 1
     assert engine.parity(x).error == pytest.approx(1, abs=1e-3)  # the engine has the weights that it was made with
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=native), "reference"])
+def test_autocast_around_an_engine_changes_nothing(backend):
+    net, x = trained(width=8), torch.rand(2, 1, 32, 32)
+    engine = scoat_fast.compile(net, size=32, backend=backend)
+    logits, mask, parity = engine(x), engine.mask(x), engine.parity(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = scoat_fast.compile(net, size=32, backend=backend)
+        assert torch.equal(engine(x), logits) and torch.equal(made(x), logits)
+        assert torch.equal(engine.mask(x), mask) and engine.parity(x) == parity
+        assert parity.relative < 1e-5
+
+
+def test_an_engine_of_nothing_but_zeros_is_right():
+    net = trained(width=4)
+    with torch.no_grad():
+        net.final.weight.zero_()
+        net.final.bias.zero_()
+    engine, x = scoat_fast.compile(net, size=32), torch.rand(1, 1, 32, 32)
+    assert engine.parity(x).relative == 0
+    with torch.no_grad():
+        engine.net.final.bias += 1
+    assert engine.parity(x).relative == pytest.approx(1)
+
+
+@native
+def test_the_default_device_of_who_imports_it_is_not_that_of_the_engine(tmp_path):
+    code = (
+        "import torch, scoat_fast\n"
+        "torch.set_default_device('meta')\n"
+        "with torch.device('cpu'):\n"
+        "    net, x = scoat_fast.SCOATNet(width=8).eval(), torch.rand(1, 1, 32, 32)\n"
+        "engine = scoat_fast.compile(net, backend='cpu', size=32, device='cpu')\n"
+        "torch.set_default_device('cpu')\n"
+        "assert engine.parity(x).relative < 1e-5\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_other_sizes_and_empty_batches():

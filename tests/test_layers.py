@@ -162,6 +162,18 @@ def test_a_normalisation_without_bias():
     torch.testing.assert_close(norm_relu(layer, x), by_stock(layer, x))
 
 
+@pytest.mark.parametrize("buffers", [("running_mean", "running_var"), ("num_batches_tracked",)], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_normalisation_without_some_of_its_statistics(buffers, momentum):
+    layer, x = nn.BatchNorm2d(4, momentum=momentum), torch.randn(2, 4, 5, 7)
+    for name in buffers:
+        setattr(layer, name, None)
+    stock = copy.deepcopy(layer)
+    torch.testing.assert_close(norm_relu(layer, x), by_stock(stock, x))
+    for a, b in zip(layer.buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_one_value_a_channel_is_refused_in_training_alone():
     layer, x = nn.BatchNorm2d(4), torch.randn(1, 4, 1, 1)
     with pytest.raises(ValueError, match="two values or more"):

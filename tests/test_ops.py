@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -250,6 +251,71 @@ def test_odd_strides_are_read_rightly_or_refused(op):
                 outputs_and_gradients(op.function, odd), outputs_and_gradients(op.function, plain), strict=True
             ):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def laid_out(kind: str, x: Tensor) -> Tensor:
+    """[N, C, H, W] of random numbers, in memory as what pooling and slicing leave."""
+    n, c, h, w = x.shape
+    return {
+        "channels_last": lambda: x.contiguous(memory_format=torch.channels_last),
+        "contiguous": lambda: x,
+        "over pixels": lambda: x[:, :, :1, :1].contiguous().expand(n, c, h, w),  # of one channel, or a pooled one
+        "over columns": lambda: x.contiguous(memory_format=torch.channels_last)[..., :1].expand(n, c, h, w),
+        "over rows": lambda: x.contiguous(memory_format=torch.channels_last)[:, :, :1].expand(n, c, h, w),
+        "of more": lambda: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, :c],
+    }[kind]()
+
+
+KINDS = ("channels_last", "contiguous", "over pixels", "over columns", "over rows", "of more")
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("kinds", [*itertools.product(KINDS[:2], KINDS)], ids=str)
+def test_layouts_that_differ_are_read_rightly(kinds, channels):
+    """Of what is concatenated, of both inputs of a layer, and of a gradient."""
+    torch.manual_seed(0)
+    main, other = kinds
+    y, row = laid_out(main, torch.randn(2, 8, 3, 4)), laid_out(other, torch.randn(2, channels, 6, 8))
+    x, residual = laid_out(main, torch.randn(2, channels, 6, 8)), laid_out(other, torch.randn(2, channels, 6, 8))
+    attention, w1, w2 = torch.rand(2, 1, 6, 8), torch.randn(2, channels), torch.randn(channels, 2)
+    weight, bias = torch.rand(channels), torch.randn(channels)
+    named = {op.name: op for op in ops.ALL}
+    for name, args in (
+        ("upsample", (y, [row])),
+        ("upsample", (y, [x, row])),
+        ("spatial_gate", (y, attention, [row], True)),
+        ("spatial_gate", (y, attention, [x, row], False)),
+        ("channel_gate", (residual, w1, w2, None)),
+        ("batch_norm_relu", (x, weight, bias, residual, 1e-5)),
+        ("batch_norm_relu", (residual, weight, bias, x, 1e-5)),
+    ):
+        args, op = map_tensors(args, lambda x: x.to(DEVICE)), named[name]
+        for kind in KINDS:
+            found, exact = [], []
+            for function, given, results in (
+                (op.function, args, found),
+                (op.stock, map_tensors(args, Tensor.double), exact),
+            ):
+                leaves = map_tensors(given, lambda x: x.detach().requires_grad_())
+                outputs = function(*leaves)
+                outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+                torch.manual_seed(1)
+                grad = laid_out(kind, torch.randn(outputs[0].shape)).to(outputs[0])
+                results += outputs + list(torch.autograd.grad(outputs[0], tensors_of(leaves), grad, allow_unused=True))
+            for a, b in zip(found, exact, strict=True):
+                torch.testing.assert_close(a, None if b is None else b.float(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("far", [(0, 0), (-1, -1), (slice(None), 0), (0, slice(None))], ids=str)
+def test_statistics_keep_their_digits_where_some_pixels_lie_apart(far):
+    """As the background of a slice does."""
+    torch.manual_seed(0)
+    x = (100 + 0.1 * torch.randn(2, 3, 96, 128)).to(DEVICE)
+    x[:, :, far[0], far[1]] = 0
+    _, mean, var = ops.batch_norm_relu(x, torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE))
+    exact = x.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)

@@ -44,7 +44,7 @@ def spatial_gate_forward(y: Tensor, attention: Tensor, row: list[Tensor], return
         first = 0
         for x, place in zip(row, places, strict=True):
             if return_means:
-                _native.affine(x, place, sums=sums, first=first)
+                _native.affine(x, place, sums=sums, first=first, like=y)
             else:
                 place.copy_(x)
             first += x.shape[1]
@@ -67,7 +67,7 @@ def spatial_gate_backward(
         _native.up_backward(dout[:, before:], attention, own_shift, dy)
         _native.gate_backward(dout[:, before:], y, own_shift, dattention)
         if return_means and before:
-            _native.affine(dout[:, :before], drow, shift=shift[:, :before])
+            _native.affine(dout[:, :before], drow, shift=shift[:, :before], like=y)
         return [dy, dattention, *(drow.split([x.shape[1] for x in row], 1) if row else ())]
 
     return call

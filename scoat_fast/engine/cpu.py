@@ -26,6 +26,7 @@ KERNEL_TO_POINTS = torch.tensor(
         [0, 0, 1],
     ],
     dtype=torch.float64,
+    device="cpu",  # whatever the default is where this is first imported
 )
 TILES, DEEP_TILES = 24, 72  # in a work item; more where the weights are many, so that they are read less often
 DEEP = 256  # output channels from which on that is so

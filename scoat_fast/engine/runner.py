@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import ScoatFastError
 from ..layers import pad_to_multiple
 from ..model import ATTENTION_NODES, LEVELS, SCOATNet
-from ..ops._backend import disabled
+from ..ops._backend import disabled, without_autocast
 from . import plan as plans
 from .calibrate import calibrate, rescale
 from .layout import FLOAT8, lay_out, step_dtype, view_of
@@ -168,13 +168,13 @@ def _why_wrong(engine: Engine, stock: Engine) -> str | None:
     Every batch size is seen in all of its slices: its logits, and its masks against its own logits.
     """
     most = engine.batch_sizes[-1]
-    noise = torch.rand(most, engine.in_channels, *engine.size, generator=torch.Generator().manual_seed(0))
-    noise = noise.to(engine.device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(most, engine.in_channels, *engine.size, generator=generator, device="cpu").to(engine.device)
     expected = torch.stack(tree_leaves(stock(noise)))
     threshold = expected[-1].float().sigmoid().median().clamp(0.01, 0.99).item()  # about half of a mask
     for n in engine.batch_sizes:
         ours = torch.stack(tree_leaves(engine(noise[:n])))
-        error = ((ours - expected[:, :n]).abs().max() / expected.abs().max()).item()
+        error = _share((ours - expected[:, :n]).abs().max().item(), expected.abs().max().item())
         if not error <= BOUND[engine.dtype]:
             return f"gives logits that are {error:.1e} of the largest away from stock PyTorch's on this machine"
         overlap = dice(engine.mask(noise[:n], threshold).bool(), ours[-1] > math.log(threshold / (1 - threshold)))
@@ -211,7 +211,8 @@ class Engine:
         if calibration is not None:
             self._check(calibration := calibration.to(device))
             given = pad_to_multiple(calibration.float(), FACTOR)
-            weights = rescale(self.plan, weights, calibrate(self.plan, weights, given))
+            with without_autocast(device.type):
+                weights = rescale(self.plan, weights, calibrate(self.plan, weights, given))
         dtypes = {step: step_dtype(plan, step, dtype) for plan in self._plans.values() for step in plan.steps}
         self._packed = {step: self._module.prepare(step, weights, device, kind) for step, kind in dtypes.items()}
         if autotune and self.backend != "triton":
@@ -295,7 +296,8 @@ class Engine:
 
     def calls(self, n: int) -> list[tuple[Step, Callable[[], None]]]:
         """The steps for ``n`` slices, each with what runs it alone on what the buffers hold: to time them."""
-        prepared = self._prepare(n, *self.padded_size, False, False)
+        with without_autocast(self.device.type):
+            prepared = self._prepare(n, *self.padded_size, False, False)
         return list(zip(self.plan.steps, prepared.calls, strict=True))
 
     @torch.no_grad()
@@ -306,7 +308,8 @@ class Engine:
         parameter = next(self.net.parameters())
         modes = {module: module.training for module in self.net.modules()}
         try:
-            exact = self.net.eval()(batch.to(parameter.device, parameter.dtype))
+            with without_autocast(parameter.device.type):
+                exact = self.net.eval()(batch.to(parameter.device, parameter.dtype))
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -315,7 +318,7 @@ class Engine:
         ours = self(batch)
         error = ((ours[-1] if isinstance(ours, list) else ours).double() - exact).abs().max().item()
         mask, wanted = self.mask(batch, threshold).bool(), exact > math.log(threshold / (1 - threshold))
-        return EngineParity(error, error / exact.abs().max().item(), dice(mask, wanted))
+        return EngineParity(error, _share(error, exact.abs().max().item()), dice(mask, wanted))
 
     def _calibration_dice(self, batch: Tensor) -> float:
         """The Dice of the masks of this engine and one of bfloat16."""
@@ -339,8 +342,8 @@ class Engine:
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
-        """Within, the memory is this thread's alone, and on a GPU this thread's current stream's."""
-        with self._lock:
+        """Within, the memory is this thread's alone, and on a GPU this thread's current stream's; without autocast."""
+        with self._lock, without_autocast(self.device.type):
             if self._last is None:
                 yield
                 return
@@ -471,6 +474,11 @@ def dice(a: Tensor, b: Tensor) -> float:
     """The overlap of two masks of bool: 1 where both are empty."""
     both = int(a.sum() + b.sum())
     return 2 * int((a & b).sum()) / both if both else 1.0
+
+
+def _share(error: float, largest: float) -> float:
+    """Of what may be zero throughout."""
+    return error / largest if largest else math.inf if error else 0.0
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -38,14 +38,18 @@ def why_no_kernel(tensors: Iterable[Tensor], channels_last: bool) -> str | None:
     """Why no kernel takes these [N, C, H, W] tensors, or None: their dtype, or strides that would be read wrongly.
 
     Kernels want rows without gaps, of channels in channels-last and of pixels otherwise; a slice of a larger tensor
-    of that layout is read as it is. Maps of one channel want rows of pixels in both.
+    of that layout is read as it is. Maps of one channel want rows of pixels in both. What is broadcast over pixels is
+    not channels-last: what is laid out like it would not be, either.
     """
     for x in tensors:
         if x.dtype not in KERNEL_DTYPES:
             return f"needs float32, float16 or bfloat16, got {x.dtype}"
         size, stride = x.shape, x.stride()
-        dense = 1 if channels_last and size[1] > 1 else 3
-        if x.numel() and size[dense] > 1 and stride[dense] != 1:
+        if channels_last and size[1] > 1:
+            fits = is_channels_last(x) or (size[2] == size[3] == stride[1] == 1)
+        else:
+            fits = size[3] == 1 or stride[3] == 1
+        if x.numel() and not fits:
             layout = "channels-last" if channels_last else "contiguous"
             return f"needs {layout} tensors or slices of such, got {list(size)} with strides {list(stride)}"
     return None

@@ -78,9 +78,15 @@ def affine(
     shift: Tensor | None = None,
     sums: Sums | None = None,
     first: int = 0,
+    like: Tensor | None = None,
 ) -> None:
-    """out = x * scale + shift, with a scale and a shift [N, C] in float32 for every channel."""
-    _launch("affine", x.shape, x, a=x, out=out, scale=scale, shift=shift, sums=sums, first=first)
+    """out = x * scale + shift, with a scale and a shift [N, C] in float32 for every channel.
+
+    ``like`` has the layout of both, where they may be single channels, which do not tell.
+    """
+    _launch(
+        "affine", x.shape, x if like is None else like, a=x, out=out, scale=scale, shift=shift, sums=sums, first=first
+    )
 
 
 def dot(a: Tensor, b: Tensor | None) -> Sums:

@@ -6,12 +6,19 @@ normalises by them again then gets the same bits.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+SPREAD = 8  # at least so many rows and columns of each image, where it has them
 
 
 def pivot(x: Tensor) -> Tensor:
-    """A value near each channel's mean, [C] in float32: squares of what lies around it lose no digits."""
-    return x[0, :, 0, 0].float().contiguous()
+    """A value near each channel's mean, [C] in float32: squares of what lies around it lose no digits.
+
+    The mean of pixels all over the images: a single one may lie apart from all others, as the corners of a slice do.
+    """
+    rows, columns = (max(size // SPREAD, 1) for size in x.shape[2:])
+    return x[:, :, rows // 2 :: rows, columns // 2 :: columns].mean((0, 2, 3), dtype=torch.float32)
 
 
 def statistics(sums: Tensor, pivot: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ def forward(y: Tensor, attention: Tensor, row: list[Tensor], return_means: bool)
     for x in row:
         place = out[:, first : first + x.shape[1]]
         if return_means:
-            _native.affine(x, place, sums=sums, first=first)
+            _native.affine(x, place, sums=sums, first=first, like=y)
         else:
             place.copy_(x)
         first += x.shape[1]
@@ -45,5 +45,5 @@ def backward(dout: Tensor, dmeans: Tensor | None, y: Tensor, attention: Tensor) 
     _native.gate_backward(dout[:, before:], y, own_shift, dattention)
     drow = new_like(y, 0 if dmeans is None else before, *dout.shape[2:])
     if drow.numel():
-        _native.affine(dout[:, :before], drow, shift=shift[:, :before])
+        _native.affine(dout[:, :before], drow, shift=shift[:, :before], like=y)
     return dy, dattention, drow

@@ -27,6 +27,9 @@ def awkward(dtype: torch.dtype, device: str) -> Iterator[Sample]:
                 yield Sample(f"{n}x{c}x{h}x{w} means", (y, attention, row, True))
         y, attention = make.sliced(2, 8, 6, 5), make.sliced(2, 1, 12, 10)
         yield Sample("slices", (y, attention, [make.sliced(2, 4, 12, 10), make.sliced(2, 16, 12, 10)], True))
+        y, attention = make.normal(2, 4, 3, 10), make.uniform(2, 1, 6, 20)
+        yield Sample("a map", (y, attention, [make.normal(2, 1, 6, 20), make.normal(2, 2, 6, 20)], True))
+        yield Sample("a map alone", (y, attention, [make.normal(2, 1, 6, 20)], True))
 
     yield from in_both_layouts(samples, dtype, device)
 
