@@ -184,15 +184,15 @@ def driver_version() -> str | None:
 def run(device: str, json_file: Path | None, quiet: bool = False) -> bool:
     """Examines, prints and judges; true if every kernel that runs here is within its bounds."""
     facts, findings = machine_facts(device), diagnose(device)
-    if not quiet:
-        print(report(facts, findings, device))
     off = judge(findings, device)
-    for name, reason in off.items():
-        print(f"{name} {reason}")
     if json_file is not None:
         found = [dataclasses.asdict(finding) for finding in findings]
         certificate = {**facts, "machine": _verdict.machine(device), "findings": found, "switched_off": off}
         write_text(json_file, json.dumps(certificate, indent=2) + "\n")
+    if not quiet:
+        print(report(facts, findings, device))
+    for name, reason in off.items():
+        print(f"{name} {reason}")
     return not off
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -221,13 +222,62 @@ def test_a_scan_is_never_taken_for_another(two_scans, weights, tmp_path, capsys)
     assert run("segment", one, "-o", out, "--weights", weights) == EXIT_OK
     before = files_of(out)
     assert run("segment", other, "-o", out, "--weights", weights) == EXIT_FAILED_CASES
-    assert f"the result of another scan, {one}: remove it, or choose another folder" in capsys.readouterr().err
+    assert f"the result of another scan is there, {one}: remove it, or choose" in capsys.readouterr().err
     del before["cases.csv"]
     assert before.items() <= files_of(out).items()
+    assert run("report", out, "-o", tmp_path / "report", "--quiet") == EXIT_OK  # tells both
+    assert sorted(path.name for path in (tmp_path / "report" / "cases").iterdir()) == ["ct (not done).html", "ct.html"]
     moved = one.rename(tmp_path / "ct.nii")
     assert run("segment", moved, "-o", out, "--weights", weights) == EXIT_OK
     assert "ct: unchanged, " in capsys.readouterr().out
-    assert rows_of(out)[0]["input"] == str(moved)
+    assert rows_of(out)[0]["input"] == json.loads((out / "ct.json").read_text())["input"] == str(moved)
+    old = json.loads((out / "ct.json").read_text())
+    for name in ("place", "series"):  # as before they were kept
+        del old["made_from"]["input"][name]
+    (out / "ct.json").write_text(json.dumps(old))
+    assert run("segment", other, "-o", out, "--weights", weights) == EXIT_FAILED_CASES
+    assert run("segment", moved, "-o", out, "--weights", weights) == EXIT_OK
+
+
+def test_two_runs_at_once_write_one_scan_of_a_name(two_scans, weights, tmp_path, monkeypatch, capsys):
+    """Both have looked when neither had written."""
+    write, waiting = pipeline.write_results, threading.Barrier(2)
+
+    def late(*arguments):
+        waiting.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(pipeline, "write_results", late)
+    codes: list[int] = []
+
+    def segment(path: Path) -> None:
+        codes.append(run("segment", path, "-o", tmp_path / "out", "--weights", weights))
+
+    runs = [threading.Thread(target=segment, args=(path,)) for path in two_scans]
+    for one in runs:
+        one.start()
+    for one in runs:
+        one.join()
+    assert sorted(codes) == [EXIT_OK, EXIT_FAILED_CASES]
+    assert "the result of another scan is there" in capsys.readouterr().err
+
+
+def test_a_link_may_lead_to_a_corrected_scan(two_scans, weights, tmp_path, capsys):
+    """As in stores that name files by their contents."""
+    link = tmp_path / "link.nii"
+    for scan in two_scans:
+        link.unlink(missing_ok=True)
+        link.symlink_to(scan)
+        assert run("segment", link, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+        assert "unchanged" not in capsys.readouterr().out
+
+
+def test_equal_series_give_equal_segmentations_wherever_they_lie(phantom, weights, tmp_path):
+    first = write_series(tmp_path / "a" / "ct", phantom.transpose(2, 1, 0).astype(float))
+    other = shutil.copytree(first, tmp_path / "b" / "ct")
+    for k, folder in enumerate((first, other)):
+        assert run("segment", folder, "-o", tmp_path / f"{k}", "--weights", weights, "--dicom-seg") == EXIT_OK
+    assert (tmp_path / "0" / "ct_seg.dcm").read_bytes() == (tmp_path / "1" / "ct_seg.dcm").read_bytes()
 
 
 def test_a_file_that_was_replaced_with_its_time_is_another_input(two_scans, weights, tmp_path, capsys):
@@ -252,7 +302,13 @@ def test_a_series_is_never_taken_for_another_of_its_folder(phantom, weights, tmp
     arguments = ["segment", tmp_path / "ct", "-o", tmp_path / "out", "--weights", weights, "--series"]
     assert run(*arguments, 1) == EXIT_OK
     assert run(*arguments, 2) == EXIT_FAILED_CASES
-    assert "the result of another scan" in capsys.readouterr().err
+    assert "the result of another scan is there" in capsys.readouterr().err
+    assert run(*arguments, 1) == EXIT_OK
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "ct")
+    arguments[1] = tmp_path / "zipped.zip"
+    assert [run(*arguments, number) for number in (1, 2)] == [EXIT_OK, EXIT_FAILED_CASES]
+    (tmp_path / "ct" / "README.txt").write_text("more")
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "ct")
     assert run(*arguments, 1) == EXIT_OK
 
 
@@ -379,6 +435,17 @@ def test_failures_are_added_one_by_one(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("No space left") == 1
 
 
+def test_a_list_of_failures_that_cannot_be_begun_ends_the_run_in_a_line(ct, weights, tmp_path, monkeypatch, capsys):
+    """As where the folder is mounted to be read."""
+
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert run("segment", ct, "-o", tmp_path, "--weights", weights) == EXIT_USAGE
+    assert "failures.jsonl: cannot be written: Read-only file system" in capsys.readouterr().err
+
+
 def test_lists_that_were_cut_when_the_power_went_are_written_anew(ct, weights, tmp_path):
     (tmp_path / "out").mkdir()
     for name, data in (("cases.csv", b""), ("failures.jsonl", b'{"ca')):
@@ -415,12 +482,20 @@ def test_a_stopped_run_ends_at_once_and_leaves_nothing_half_written(cohort, weig
 def test_a_file_that_changes_while_it_is_read_fails(ct, weights, tmp_path, monkeypatch, capsys):
     read = reading.read_volume
 
-    def slow(case):
+    def touched(case):
         volume = read(case)
-        os.utime(case.path, (5, 5))
+        os.utime(case.path, (5, 5))  # as whoever sets permissions, or makes a hard link
         return volume
 
-    monkeypatch.setattr(reading, "read_volume", slow)
+    monkeypatch.setattr(reading, "read_volume", touched)
+    assert run("segment", ct, "-o", tmp_path / "touched", "--weights", weights) == EXIT_OK
+
+    def changed(case):
+        volume = read(case)
+        case.path.write_bytes(case.path.read_bytes()[:-1])
+        return volume
+
+    monkeypatch.setattr(reading, "read_volume", changed)
     assert run("segment", ct, "-o", tmp_path / "out", "--weights", weights) == EXIT_FAILED_CASES
     assert "was changed while it was read" in capsys.readouterr().err
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -88,6 +91,18 @@ def test_what_lacks_its_counterpart_or_its_grid_is_named(masks, tmp_path, capsys
         assert reason in told
     result = json.loads((tmp_path / "out.json").read_text())
     assert list(result["cases"]) == ["a", "b"] and len(result["left_out"]) == 4
+
+
+def test_a_closed_pipe_costs_no_file(masks, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "scoat_fast.cli", "evaluate", *masks, "--json", tmp_path / "out.json", "--quiet"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (EXIT_OK, "") and "pooled" in json.loads(
+        (tmp_path / "out.json").read_text()
+    )
 
 
 def test_a_case_may_be_called_as_a_total_is(masks, tmp_path, capsys):

@@ -139,6 +139,9 @@ def test_a_scan_that_got_another_name_is_one_case(ct, weights, tmp_path):
     assert run("report", tmp_path / "results", "-o", tmp_path / "report", "--quiet") == EXIT_OK
     index = Page(tmp_path / "report" / "index.html")
     assert "3 cases" in index.text
+    (tmp_path / "results" / "cases.csv").unlink()  # a later one would name none of them
+    assert run("report", tmp_path / "results", "-o", tmp_path / "other", "--quiet") == EXIT_OK
+    assert "3 cases" in Page(tmp_path / "other" / "index.html").text
     for address in index.addresses:
         assert address.startswith("data:") or (tmp_path / "report" / os.fsdecode(unquote_to_bytes(address))).is_file()
 

@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ScoatFastError, ValueError) as error:
         _complain(error)
         return EXIT_USAGE
+    except BrokenPipeError:  # nobody reads what is printed last, when all else is done
+        _leave_stdout()
+        return EXIT_OK
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED
@@ -70,7 +73,11 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
+        _leave_stdout()
+
+
+def _leave_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
 
 
 def _interrupt(number: int, frame) -> None:

@@ -22,6 +22,7 @@ from ..files import make_folder, read_csv
 from ..imaging.nifti import read_nifti
 from ..imaging.volume import Turn
 from ..segmentation.cases import is_report
+from ..segmentation.results import OF_ANOTHER
 from .pages import picture, rows_of, write_page
 
 THUMB, SHEET, MAP = 160, 1200, 420  # pixels across
@@ -86,7 +87,7 @@ def write_report(results: Path, output: Path, full_paths: bool = False, quiet: b
 def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
     """The cases of the tables, and of the reports that no table names. What several tables name, the latest tells.
 
-    A scan that a table names is left out under the name that it had before another one of that name joined it.
+    A scan is left out under the name that it had before another one of that name joined it.
     """
     seen, scans = set(), set()
     try:
@@ -102,15 +103,18 @@ def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
         for row in rows:
             if Path(row["case"]).name != row["case"]:
                 raise BadInputError(table, f"a case that is called {one_line(row['case'])}: no table of this program")
-            if row["case"] not in seen:
+            if OF_ANOTHER in (row.get("error") or ""):
+                yield Entry(f"{row['case']} (not done)", _shown(row["input"], full_paths), error=row["error"])
+            elif row["case"] not in seen:
                 seen.add(row["case"])
                 entry = _entry(results / f"{row['case']}.json", row["case"], row, full_paths)
                 scans.add(_scan(entry))
                 yield entry
-    for path in sorted(results.glob("*.json")):
+    for path in sorted(results.glob("*.json"), key=lambda path: (-path.stat().st_mtime_ns, path.name)):
         if path.stem not in seen and is_report(path):
             entry = _entry(path, path.stem, {}, full_paths)
             if _scan(entry) is None or _scan(entry) not in scans:
+                scans.add(_scan(entry))
                 yield entry
 
 

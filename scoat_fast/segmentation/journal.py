@@ -39,8 +39,10 @@ class OpenJournal:
 
     def __init__(self, failures: Path, quiet: bool):
         self._path, self._quiet, self._unwritten, self._lock = failures, quiet, "", threading.Lock()
-        with contextlib.suppress(FileNotFoundError):
-            failures.unlink()
+        try:
+            failures.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(failures, error.strerror or str(error)) from error
 
     def tell(self, text: str) -> None:
         if not self._quiet:

@@ -1,7 +1,7 @@
 """What results were made from, so that a second run does only what is missing or changed.
 
 The ledger's row of a case is ``made_from`` in its report: it appears last of its results, whole or not at all. While
-they appear, the report says ``unfinished`` and has no such row.
+they appear, the report says ``unfinished``, and of which scan.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from ..errors import BadInputError
 from ..files import is_file
 from ..model import SCOATNet
-from .cases import Case, is_report, is_result
+from .cases import INSIDE, Case, is_report, is_result
 
 CHUNK = 1 << 20
 LISTS = re.compile(r"(cases|failures)(-\d+-of-\d+)?\.(csv|jsonl)")
 
 
 def input_facts(path: Path) -> dict:
-    """How many files there are, their bytes together, and digests: of where they lie, of this with their sizes and
-    times, and of their contents.
+    """How many files there are, their bytes together, and digests: of where they lie, of this with what the file system
+    tells of each, and of their contents.
 
     Of a folder, the files directly in it are meant, but for hidden ones and results. Raises BadInputError.
     """
@@ -68,6 +68,12 @@ def options_digest(options: dict) -> str:
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
 
 
+def made_of(made_from: dict) -> str:
+    """What is the same for equal inputs, wherever they lie, with equal weights and options."""
+    contents = {name: what["sha256"] if isinstance(what, dict) else what for name, what in made_from.items()}
+    return json.dumps(contents, sort_keys=True)
+
+
 def finished(report: Path, inputs: dict[str, Path], weights: str, options: str) -> dict | None:
     """The report of a case, if all its results are there and were made from the same; None if it is to be done.
 
@@ -86,16 +92,22 @@ def finished(report: Path, inputs: dict[str, Path], weights: str, options: str) 
     return found if same else None
 
 
-def other_scan(report: Path, case: Case, facts: dict) -> str | None:
-    """The input of a whole report, if it is of another scan than a case, whose ``input_facts`` are given."""
+def scan_facts(case: Case) -> dict:
+    """``input_facts`` of a case, and the UID of its series where it is one of several. Raises BadInputError."""
+    within = case.series if case.kind == "dicom" else (case.series or "").partition(INSIDE)[2]
+    return input_facts(case.path) | {"series": within or None}
+
+
+def other_scan(report: Path, facts: dict) -> str | None:
+    """The input of a report, or of a run that writes one, if that is another scan than that of ``scan_facts``."""
     try:
         found = json.loads(report.read_bytes())
         made = found["made_from"]["input"]
-        moved = made["place"] != facts["place"]
-        other_series = None not in (made["series"], case.series) and made["series"] != case.series
-        return found["input"] if other_series or (moved and made["sha256"] != facts["sha256"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # no report, or none that is whole: it is the result of nothing
+        moved = made.get("place", _place(Path(found["input"]))) != facts["place"]
+        both = {made.get("series"), facts["series"]} - {None}
+        return found["input"] if len(both) > 1 or (moved and made["sha256"] != facts["sha256"]) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # no report, or none that says: it is the result of nothing
 
 
 def _files(path: Path) -> list[Path]:
@@ -119,12 +131,17 @@ def _stamp(path: Path, files: list[Path]) -> dict:
         states = [(file.name, file.stat()) for file in files]
     except OSError as error:
         raise BadInputError(error.filename, f"cannot be read: {error.strerror}") from error
-    place = os.fsencode(os.path.realpath(path))
-    # the second time nobody can set: what archives unpack has the first one that they tell
-    stamps = [[name, state.st_size, state.st_mtime_ns, state.st_ctime_ns] for name, state in states]
+    place = _place(path)
+    # nobody can set the second time: what archives unpack has the first one that they tell
+    stamps = [[name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for name, state in states]
     return {
         "files": len(files),
         "bytes": sum(state.st_size for _, state in states),
-        "place": hashlib.sha256(place).hexdigest(),
-        "stamp": hashlib.sha256(place + json.dumps(stamps).encode()).hexdigest(),
+        "place": place,
+        "stamp": hashlib.sha256(json.dumps([place, stamps]).encode()).hexdigest(),
     }
+
+
+def _place(path: Path) -> str:
+    """A digest of a path, which may name a patient; links stay links, so that they may lead to a corrected scan."""
+    return hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()  # noqa: PTH100 (resolve follows links)

@@ -8,7 +8,6 @@ than one case ahead of the engines, and as many cases are written at once as the
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import time
@@ -25,18 +24,28 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, OutputError, ScoatFastError, one_line
-from ..files import make_folder, write_csv
+from ..files import make_folder, write_csv, write_text
 from ..imaging.dicom_seg import write_seg
 from ..imaging.grid import SQUARE_PIXELS
 from .cases import Case, find_cases
 from .inference import Segmenter
 from .journal import Journal, OpenJournal
-from .ledger import finished, input_facts, network_digest, options_digest, other_scan, stamp
+from .ledger import finished, input_facts, is_unchanged, made_of, network_digest, options_digest, scan_facts, stamp
 from .lungs import Lungs, find_lungs, given_lungs
 from .overlay import contact_sheet
 from .quality import assess
 from .reading import Windowed, lung_path, read_case
-from .results import CSV_COLUMNS, check_free, check_lists, has_stale, report_path, row_of, write_results
+from .results import (
+    CSV_COLUMNS,
+    check_free,
+    check_lists,
+    check_own,
+    has_stale,
+    report_path,
+    report_text,
+    row_of,
+    write_results,
+)
 from .statistics import check_min_mm3, measure, remove_small
 from .stream import Job
 
@@ -245,16 +254,13 @@ class Run:
             done = finished(report_path(case, self.output), inputs, self._weights, options)
             if done is not None and not has_stale(case, self.output, done):
                 self._tell(done, "unchanged, ")
-                return row_of(done) | {"input": str(case.path)}  # it may have been moved
-        facts = {name: input_facts(path) for name, path in inputs.items()}
-        report = report_path(case, self.output)
-        if (other := other_scan(report, case, facts["input"])) is not None:
-            raise OutputError(report, f"the result of another scan, {other}: remove it, or choose another folder")
+                return row_of(self._moved(case, done))
+        facts = {"input": scan_facts(case)} | ({} if lung is None else {"lung": input_facts(lung)})
+        check_own(case, self.output, facts["input"])
         read, slices = read_case(case, lung)
         for name, path in inputs.items():
-            if not stamp(path).items() <= facts[name].items():
+            if not is_unchanged(path, facts[name]):
                 raise BadInputError(path, "was changed while it was read")
-        facts["input"]["series"] = case.series
         read.made_from = facts | {"weights": self._weights, "options": options}
         if self.options.lung is not None and lung is None:
             read.warnings.append("no lung mask for this case")
@@ -270,6 +276,14 @@ class Run:
             keeps_probabilities=self.options.save_probabilities,
             about=read,
         )
+
+    def _moved(self, case: Case, report: dict) -> dict:
+        """The report of a case that is done already; written anew where its scan was moved since."""
+        if report["made_from"]["input"].get("place") != stamp(case.path)["place"]:
+            made_from = report["made_from"] | {"input": scan_facts(case)}
+            report = report | {"input": str(case.path), "made_from": made_from}
+            write_text(report_path(case, self.output), report_text(report))
+        return report
 
     def _finish(self, job: Job) -> dict:
         """Writes the results of a case that was answered; its row of the table."""
@@ -310,7 +324,7 @@ class Run:
         volumes = {kind: x[0] if turn is None else turn.from_slices(x) for kind, x in found.items()}
         seg = None
         if self.options.dicom_seg and case.kind == "dicom":
-            seed = json.dumps(job.about.made_from, sort_keys=True)
+            seed = made_of(job.about.made_from)
             seg = partial(
                 write_seg,
                 folder=case.path,

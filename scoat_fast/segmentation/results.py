@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +21,7 @@ from ..files import StagedFiles, is_file, write_text
 from ..imaging.nifti import nifti_bytes
 from ..model import ATTENTION_NODES
 from .cases import Case, is_report
+from .ledger import other_scan
 
 PACKING = 3  # of pictures: 2 % larger than at the usual 6, in less than half of the time
 OPTIONAL = ("probability", "lungs", "seg", *(f"attention_x{i}{j}" for i, j in ATTENTION_NODES))
@@ -27,6 +30,7 @@ CSV_COLUMNS = (
     "consolidation_ml", "other_ml", "lung_mask", "lung_ml", "share_of_lung", "right_ml", "right_share", "left_ml",
     "left_share", "warnings", "error",
 )  # fmt: skip
+OF_ANOTHER = "the result of another scan is there"  # in the reason of a failure
 
 
 def report_path(case: Case, output: Path) -> Path:
@@ -39,6 +43,13 @@ def check_free(case: Case, output: Path) -> None:
     for path in (report, *sorted(_there(case, output))):
         if os.path.lexists(path) and not is_report(report):
             raise OutputError(path, "a file of this name is there already, and is no result of this program")
+
+
+def check_own(case: Case, output: Path, facts: dict) -> None:
+    """Raises OutputError where the results of another scan would be replaced than that of ``ledger.scan_facts``."""
+    report = report_path(case, output)
+    if (other := other_scan(report, facts)) is not None:
+        raise OutputError(report, f"{OF_ANOTHER}, {other}: remove it, or choose another folder")
 
 
 def check_lists(table: Path, failures: Path) -> None:
@@ -96,12 +107,33 @@ def write_results(
             files.write(output / f"{case.name}_seg.dcm", seg)
         files.write(output / f"{case.name}_overlay.png", _png(sheet))
         report = report | {"results": files.sizes}
-        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        files.write(report_path(case, output), partial(_write, text.encode()))
-        claim = {"case": case.name, "scoat_fast": __version__, "unfinished": True}
-        write_text(report_path(case, output), json.dumps(claim, indent=2) + "\n")  # on disk, before anything is renamed
+        files.write(report_path(case, output), partial(_write, report_text(report).encode()))
+        scan = {"input": report["input"], "made_from": {"input": report["made_from"]["input"]}}
+        claim = {"case": case.name, "scoat_fast": __version__, "unfinished": True, **scan}
+        with _alone(output):
+            check_own(case, output, report["made_from"]["input"])
+            write_text(report_path(case, output), report_text(claim))  # on disk, before anything is renamed
     _remove(stale - set(files.paths))
     return report
+
+
+def report_text(report: dict) -> str:
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, no other run is, that writes into a folder; where its file system has locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(folder, error.strerror or str(error)) from error
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def has_stale(case: Case, output: Path, report: dict) -> bool:

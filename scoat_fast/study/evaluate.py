@@ -66,7 +66,6 @@ def evaluate(predicted: Path, truth: Path, rules: Rules, outputs: Outputs, quiet
         raise ScoatFastError("no case could be evaluated")
     totals = {"mean": mean(cases.values()), "pooled": scores(counts, rules.empty)}
     rows = [*cases.items(), *totals.items()]  # a case may be called as these are
-    print(table(rows))
     if outputs.json:
         found = {
             "scoat_fast": __version__,
@@ -80,6 +79,7 @@ def evaluate(predicted: Path, truth: Path, rules: Rules, outputs: Outputs, quiet
         write_csv(outputs.csv, ("case", *COLUMNS), [{"case": name, **row} for name, row in rows])
     if outputs.figure:
         box_plot(cases, outputs.figure)
+    print(table(rows))
     return not errors
 
 

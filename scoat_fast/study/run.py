@@ -143,7 +143,7 @@ def _is_done(folder: Path, config: Config) -> bool:
 def _check(path: Path, what: str, wanted: dict) -> None:
     """Raises ScoatFastError unless a result was made so."""
     try:
-        made = json.loads(path.read_bytes())[what]
+        made = json.loads(path.read_bytes()).get(what, {})  # an older version's has no conditions
         changed = sorted(name for name in {*made, *wanted} if made.get(name) != wanted.get(name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ScoatFastError(f"{path}: not a readable result: {error!r}") from error

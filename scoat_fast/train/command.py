@@ -80,9 +80,9 @@ def _validate(
     from .evaluate import evaluate, table
 
     metrics = evaluate(segmenter, of_patients(read_index(data), patients), quiet, overlays)
-    print(table(metrics))
     if path is not None:
         write_text(path, json.dumps(metrics, indent=2) + "\n")
+    print(table(metrics))
 
 
 def _processes(devices: int) -> tuple[int, int]:

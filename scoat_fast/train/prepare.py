@@ -142,7 +142,7 @@ def _patient(path: Path, patients: dict[str, str], case: Case) -> str:
 def _read_patients(path: Path) -> dict[str, str]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(row["volume"].strip(), (row["patient"] or "").strip()) for row in read_csv(file)]
+            rows = [tuple((row[name] or "").strip() for name in ("volume", "patient")) for row in read_csv(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInputError(path, f"cannot be read: {error}") from error
     except KeyError as error:
