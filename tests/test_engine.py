@@ -25,6 +25,7 @@ import scoat_fast
 from scoat_fast import ScoatFastError, SCOATNet, WeightsError
 from scoat_fast.bench.eager import EagerSCOATNet
 from scoat_fast.engine import calibrate, pack, plan, reference, runner
+from scoat_fast.engine.cost import cost
 from scoat_fast.engine.layout import FLOAT8, lay_out, view_of
 
 FORMS = (
@@ -173,7 +174,7 @@ def test_steps_need_no_memory_beside_what_is_planned():
 def test_the_floor_is_that_of_a_roofline(width, microseconds):
     """An independent count of this network's bytes and operations for 4.3 TB/s and 790 TFLOP/s, bfloat16, batch 16."""
     whole = plan.build(SCOATNet(width=width))
-    costs = [plan.cost(whole, step, 16, 512, 512, 2) for step in whole.steps]
+    costs = [cost(whole, step, 16, 512, 512, 2) for step in whole.steps]
     floor = sum(found.seconds(4.3e12, 790e12) for found in costs) / 16 * 1e6
     assert floor == pytest.approx(microseconds, rel=0.02)
 
@@ -183,7 +184,7 @@ def test_operations_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.eval()(torch.rand(1, 1, 64, 64))
     whole = plan.build(net)
-    ours = sum(plan.cost(whole, s, 1, 64, 64, 4).flops for s in whole.steps if not isinstance(s, plan.Gate))
+    ours = sum(cost(whole, s, 1, 64, 64, 4).flops for s in whole.steps if not isinstance(s, plan.Gate))
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..clock import copy_gb_per_s, matrix_tflop_per_s, median_ms
+from ..engine.cost import cost
 from ..engine.layout import FLOAT8, has_float8
-from ..engine.plan import Convolve, build, cost, summary
+from ..engine.plan import Convolve, build, summary
 from ..engine.runner import MASK_DICE, dice
 from ..model import SCOATNet
 from .contenders import HALVES, Contender, baseline_of, contenders, engine_for, gpu_backends

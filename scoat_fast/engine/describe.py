@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..clock import copy_gb_per_s, matrix_tflop_per_s
-from .plan import Step, cost, summary, writes
+from .cost import cost
+from .plan import Step, summary, writes
 
 if TYPE_CHECKING:
     from .runner import Engine
