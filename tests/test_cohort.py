@@ -27,7 +27,7 @@ from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE
 from scoat_fast.engine.runner import compile as compile_network
 from scoat_fast.errors import OutputError, ScoatFastError
 from scoat_fast.imaging.volume import Turn
-from scoat_fast.segmentation import journal, pipeline, reading, stream
+from scoat_fast.segmentation import journal, ledger, pipeline, reading, stream
 from scoat_fast.segmentation.cases import Case
 from scoat_fast.segmentation.inference import Segmenter
 from scoat_fast.segmentation.quality import assess
@@ -139,6 +139,14 @@ def test_a_second_run_does_only_what_is_missing_or_changed(cohort, weights, tmp_
     assert "case0: unchanged, " in capsys.readouterr().out
     os.utime(cohort / "case1.nii.gz", (1, 1))
     assert again() == []  # touched, not changed
+    noted = files_of(out)
+    assert noted.pop("case1.json") != before.pop("case1.json")  # and read only once for that
+    assert noted == before
+    before = files_of(out)
+    monkeypatch.setattr(ledger, "input_facts", None)
+    assert again() == []
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline.Run, "_finish", note)
     assert files_of(out) == before
     changed = nib.load(cohort / "case2.nii.gz")
     nib.save(nib.Nifti1Image(np.asarray(changed.dataobj) + np.int16(3), ASYMMETRIC), cohort / "case2.nii.gz")
@@ -227,6 +235,15 @@ def test_a_scan_is_never_taken_for_another(two_scans, weights, tmp_path, capsys)
     assert before.items() <= files_of(out).items()
     assert run("report", out, "-o", tmp_path / "report", "--quiet") == EXIT_OK  # tells both
     assert sorted(path.name for path in (tmp_path / "report" / "cases").iterdir()) == ["ct (not done).html", "ct.html"]
+    shutil.copytree(out, settled := tmp_path / "settled")
+    (settled / "cases.csv").rename(settled / "cases-1-of-2.csv")
+    os.utime(settled / "cases-1-of-2.csv", (1, 1))
+    (settled / "latest.json").symlink_to("nowhere.json")
+    for path in settled.glob("ct*"):
+        path.unlink()
+    assert run("segment", other, "-o", settled, "--weights", weights) == EXIT_OK
+    assert run("report", settled, "-o", tmp_path / "later", "--quiet") == EXIT_OK
+    assert [path.name for path in (tmp_path / "later" / "cases").iterdir()] == ["ct.html"]
     moved = one.rename(tmp_path / "ct.nii")
     assert run("segment", moved, "-o", out, "--weights", weights) == EXIT_OK
     assert "ct: unchanged, " in capsys.readouterr().out
@@ -270,6 +287,12 @@ def test_a_link_may_lead_to_a_corrected_scan(two_scans, weights, tmp_path, capsy
         link.symlink_to(scan)
         assert run("segment", link, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
         assert "unchanged" not in capsys.readouterr().out
+    (tmp_path / "linked").symlink_to(two_scans[0].parent)
+    out = ("-o", tmp_path / "folders", "--weights", weights)
+    assert run("segment", tmp_path / "linked" / "ct.nii", *out) == EXIT_OK
+    shutil.copy(two_scans[1], two_scans[0])
+    assert run("segment", two_scans[0], *out) == EXIT_OK
+    assert "unchanged" not in capsys.readouterr().out
 
 
 def test_equal_series_give_equal_segmentations_wherever_they_lie(phantom, weights, tmp_path):

@@ -89,7 +89,7 @@ def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
 
     A scan is left out under the name that it had before another one of that name joined it.
     """
-    seen, scans = set(), set()
+    seen, told, scans = set(), set(), set()  # names, inputs, scans
     try:
         tables = sorted(results.glob("cases*.csv"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
     except OSError as error:
@@ -103,19 +103,22 @@ def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
         for row in rows:
             if Path(row["case"]).name != row["case"]:
                 raise BadInputError(table, f"a case that is called {one_line(row['case'])}: no table of this program")
+            newer = row.get("input") in told
+            told.add(row.get("input"))
             if OF_ANOTHER in (row.get("error") or ""):
-                yield Entry(f"{row['case']} (not done)", _shown(row["input"], full_paths), error=row["error"])
+                if not newer:
+                    yield Entry(f"{row['case']} (not done)", _shown(row["input"], full_paths), error=row["error"])
             elif row["case"] not in seen:
                 seen.add(row["case"])
                 entry = _entry(results / f"{row['case']}.json", row["case"], row, full_paths)
                 scans.add(_scan(entry))
                 yield entry
-    for path in sorted(results.glob("*.json"), key=lambda path: (-path.stat().st_mtime_ns, path.name)):
-        if path.stem not in seen and is_report(path):
-            entry = _entry(path, path.stem, {}, full_paths)
-            if _scan(entry) is None or _scan(entry) not in scans:
-                scans.add(_scan(entry))
-                yield entry
+    reports = [path for path in sorted(results.glob("*.json")) if path.stem not in seen and is_report(path)]
+    for path in sorted(reports, key=os.path.getmtime, reverse=True):
+        entry = _entry(path, path.stem, {}, full_paths)
+        if _scan(entry) is None or _scan(entry) not in scans:
+            scans.add(_scan(entry))
+            yield entry
 
 
 def _scan(entry: Entry) -> tuple | None:

@@ -19,7 +19,7 @@ from ..imaging.nifti import read_nifti
 from ..imaging.volume import Turn, mask_on_grid
 from ..imaging.window import LUNG
 from ..segmentation.cases import find_cases, is_report, read_volume
-from ..segmentation.ledger import is_unchanged
+from ..segmentation.ledger import unchanged
 from ..segmentation.overlay import FOUND, contour
 from ..segmentation.results import check_begins
 from .pages import number, picture, write_page
@@ -148,7 +148,7 @@ def cuts(visit: Visit) -> list[tuple[np.ndarray, np.ndarray, float]]:
     if errors or len(cases) != 1:
         reason = errors[0].reason if errors else "it holds several scans now"
         raise BadInputError(visit.report["input"], f"the input {one_line(Path(visit.report['input']).name)}: {reason}")
-    if not is_unchanged(cases[0].path, visit.report["made_from"]["input"]):
+    if unchanged(cases[0].path, visit.report["made_from"]["input"]) is None:
         raise BadInputError(cases[0].path, f"the input {one_line(cases[0].path.name)} was changed since")
     volume = read_volume(cases[0])
     mask = read_nifti(visit.path.with_name(f"{visit.report['case']}_mask.nii.gz"), labels=True)

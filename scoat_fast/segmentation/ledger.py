@@ -6,14 +6,17 @@ they appear, the report says ``unfinished``, and of which scan.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import BadInputError
-from ..files import is_file
+from ..errors import BadInputError, OutputError
+from ..files import is_file, write_text
 from ..model import SCOATNet
 from .cases import INSIDE, Case, is_report, is_result
 
@@ -42,16 +45,14 @@ def input_facts(path: Path) -> dict:
     return {**_stamp(path, files), "sha256": contents.hexdigest()}
 
 
-def stamp(path: Path) -> dict:
-    """The facts of ``input_facts`` that need no reading."""
-    return _stamp(path, _files(path))
-
-
-def is_unchanged(path: Path, facts: dict) -> bool:
-    """Whether an input is that of earlier ``input_facts``: each file in the same place, of the same size and times of
-    change, or else all of the same contents. Raises BadInputError.
+def unchanged(path: Path, facts: dict) -> dict | None:
+    """Earlier ``input_facts``, as they are now, if an input is the same: each file in the same place, of the same size
+    and times of change, or else all of the same contents. Raises BadInputError.
     """
-    return stamp(path).items() <= facts.items() or input_facts(path)["sha256"] == facts["sha256"]
+    now = _stamp(path, _files(path))  # before its contents are read: a change after that shows in the next one
+    if now["stamp"] == facts.get("stamp"):
+        return facts
+    return facts | now if input_facts(path)["sha256"] == facts["sha256"] else None
 
 
 def network_digest(net: SCOATNet) -> str:
@@ -77,19 +78,47 @@ def made_of(made_from: dict) -> str:
 def finished(report: Path, inputs: dict[str, Path], weights: str, options: str) -> dict | None:
     """The report of a case, if all its results are there and were made from the same; None if it is to be done.
 
-    ``inputs``, by their names in the ledger, are the same where ``is_unchanged`` says so.
+    ``inputs``, by their names in the ledger, are the same where ``unchanged`` says so; what was moved or touched since
+    is noted in the report. Raises OutputError.
     """
     try:
-        found = json.loads(report.read_bytes())
+        data = report.read_bytes()
+        found = json.loads(data)
         made, results = found["made_from"], found["results"]
         if (made["weights"], made["options"]) != (weights, options):
             return None
         if any((report.parent / name).stat().st_size != size for name, size in results.items()):
             return None
-        same = all(is_unchanged(path, made[name]) for name, path in inputs.items())
+        facts = {name: unchanged(path, made[name]) for name, path in inputs.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInputError):
         return None  # whatever it is, it is no report of ours that is whole: the case is done anew, and says what fails
-    return found if same else None
+    if None in facts.values():
+        return None
+    if any(made[name] != what for name, what in facts.items()):
+        found |= {"input": str(inputs["input"]), "made_from": made | facts}
+        with alone(report.parent):
+            if report.read_bytes() == data:  # else another run does this case now
+                write_text(report, report_text(found))
+    return found
+
+
+def report_text(report: dict) -> str:
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within, no other run is, that writes into a folder; where its file system has locks. Raises OutputError."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(folder, error.strerror or str(error)) from error
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def scan_facts(case: Case) -> dict:
@@ -103,9 +132,11 @@ def other_scan(report: Path, facts: dict) -> str | None:
     try:
         found = json.loads(report.read_bytes())
         made = found["made_from"]["input"]
-        moved = made.get("place", _place(Path(found["input"]))) != facts["place"]
-        both = {made.get("series"), facts["series"]} - {None}
-        return found["input"] if len(both) > 1 or (moved and made["sha256"] != facts["sha256"]) else None
+        places = {made.get("place") or _digest(os.path.abspath(found["input"])), made.get("real_place")}  # noqa: PTH100
+        moved = places.isdisjoint((facts["place"], facts["real_place"]))
+        if len({made.get("series"), facts["series"]} - {None}) > 1:
+            return f"{found['input']}, series {made['series']}"
+        return found["input"] if moved and made["sha256"] != facts["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # no report, or none that says: it is the result of nothing
 
@@ -131,17 +162,19 @@ def _stamp(path: Path, files: list[Path]) -> dict:
         states = [(file.name, file.stat()) for file in files]
     except OSError as error:
         raise BadInputError(error.filename, f"cannot be read: {error.strerror}") from error
-    place = _place(path)
+    # as it is spelled, since a link may lead to a corrected scan, and where it is, since folders may be linked
+    place, real = _digest(os.path.abspath(path)), _digest(os.path.realpath(path))  # noqa: PTH100 (resolve follows links)
     # nobody can set the second time: what archives unpack has the first one that they tell
     stamps = [[name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for name, state in states]
     return {
         "files": len(files),
         "bytes": sum(state.st_size for _, state in states),
         "place": place,
-        "stamp": hashlib.sha256(json.dumps([place, stamps]).encode()).hexdigest(),
+        "real_place": real,
+        "stamp": _digest(json.dumps([real, stamps])),
     }
 
 
-def _place(path: Path) -> str:
-    """A digest of a path, which may name a patient; links stay links, so that they may lead to a corrected scan."""
-    return hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()  # noqa: PTH100 (resolve follows links)
+def _digest(text: str) -> str:
+    """Of a path, say, which may name a patient."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, OutputError, ScoatFastError, one_line
-from ..files import make_folder, write_csv, write_text
+from ..files import make_folder, write_csv
 from ..imaging.dicom_seg import write_seg
 from ..imaging.grid import SQUARE_PIXELS
 from .cases import Case, find_cases
 from .inference import Segmenter
 from .journal import Journal, OpenJournal
-from .ledger import finished, input_facts, is_unchanged, made_of, network_digest, options_digest, scan_facts, stamp
+from .ledger import finished, input_facts, made_of, network_digest, options_digest, scan_facts, unchanged
 from .lungs import Lungs, find_lungs, given_lungs
 from .overlay import contact_sheet
 from .quality import assess
@@ -42,7 +42,6 @@ from .results import (
     check_own,
     has_stale,
     report_path,
-    report_text,
     row_of,
     write_results,
 )
@@ -254,12 +253,12 @@ class Run:
             done = finished(report_path(case, self.output), inputs, self._weights, options)
             if done is not None and not has_stale(case, self.output, done):
                 self._tell(done, "unchanged, ")
-                return row_of(self._moved(case, done))
+                return row_of(done)
         facts = {"input": scan_facts(case)} | ({} if lung is None else {"lung": input_facts(lung)})
         check_own(case, self.output, facts["input"])
         read, slices = read_case(case, lung)
         for name, path in inputs.items():
-            if not is_unchanged(path, facts[name]):
+            if unchanged(path, facts[name]) is None:
                 raise BadInputError(path, "was changed while it was read")
         read.made_from = facts | {"weights": self._weights, "options": options}
         if self.options.lung is not None and lung is None:
@@ -276,14 +275,6 @@ class Run:
             keeps_probabilities=self.options.save_probabilities,
             about=read,
         )
-
-    def _moved(self, case: Case, report: dict) -> dict:
-        """The report of a case that is done already; written anew where its scan was moved since."""
-        if report["made_from"]["input"].get("place") != stamp(case.path)["place"]:
-            made_from = report["made_from"] | {"input": scan_facts(case)}
-            report = report | {"input": str(case.path), "made_from": made_from}
-            write_text(report_path(case, self.output), report_text(report))
-        return report
 
     def _finish(self, job: Job) -> dict:
         """Writes the results of a case that was answered; its row of the table."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +18,7 @@ from ..files import StagedFiles, is_file, write_text
 from ..imaging.nifti import nifti_bytes
 from ..model import ATTENTION_NODES
 from .cases import Case, is_report
-from .ledger import other_scan
+from .ledger import alone, other_scan, report_text
 
 PACKING = 3  # of pictures: 2 % larger than at the usual 6, in less than half of the time
 OPTIONAL = ("probability", "lungs", "seg", *(f"attention_x{i}{j}" for i, j in ATTENTION_NODES))
@@ -110,30 +107,11 @@ def write_results(
         files.write(report_path(case, output), partial(_write, report_text(report).encode()))
         scan = {"input": report["input"], "made_from": {"input": report["made_from"]["input"]}}
         claim = {"case": case.name, "scoat_fast": __version__, "unfinished": True, **scan}
-        with _alone(output):
+        with alone(output):
             check_own(case, output, report["made_from"]["input"])
             write_text(report_path(case, output), report_text(claim))  # on disk, before anything is renamed
     _remove(stale - set(files.paths))
     return report
-
-
-def report_text(report: dict) -> str:
-    return json.dumps(report, indent=2, allow_nan=False) + "\n"
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Within, no other run is, that writes into a folder; where its file system has locks."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(folder, error.strerror or str(error)) from error
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def has_stale(case: Case, output: Path, report: dict) -> bool:
