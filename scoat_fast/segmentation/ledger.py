@@ -31,6 +31,7 @@ def input_facts(path: Path) -> dict:
     Of a folder, the files directly in it are meant, but for hidden ones and results. Raises BadInputError.
     """
     files = _files(path)
+    stamped = _stamp(path, files)  # before they are read: what changes then has another one
     contents = hashlib.sha256()
     for file in files:
         contents.update(f"{len(os.fsencode(file.name))} ".encode() + os.fsencode(file.name))
@@ -42,14 +43,14 @@ def input_facts(path: Path) -> dict:
                     contents.update(chunk)
         except OSError as error:
             raise BadInputError(file, f"cannot be read: {error.strerror}") from error
-    return {**_stamp(path, files), "sha256": contents.hexdigest()}
+    return {**stamped, "sha256": contents.hexdigest()}
 
 
 def unchanged(path: Path, facts: dict) -> dict | None:
     """Earlier ``input_facts``, as they are now, if an input is the same: each file in the same place, of the same size
     and times of change, or else all of the same contents. Raises BadInputError.
     """
-    now = _stamp(path, _files(path))  # before its contents are read: a change after that shows in the next one
+    now = _stamp(path, _files(path))
     if now["stamp"] == facts.get("stamp"):
         return facts
     return facts | now if input_facts(path)["sha256"] == facts["sha256"] else None
