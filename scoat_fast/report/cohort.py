@@ -89,7 +89,7 @@ def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
 
     A scan is left out under the name that it had before another one of that name joined it.
     """
-    seen, told, scans = set(), set(), set()  # names, inputs, scans
+    seen, told, scans = set(), set(), set()  # names, names with inputs, scans
     try:
         tables = sorted(results.glob("cases*.csv"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
     except OSError as error:
@@ -103,10 +103,10 @@ def _entries(results: Path, full_paths: bool) -> Iterator[Entry]:
         for row in rows:
             if Path(row["case"]).name != row["case"]:
                 raise BadInputError(table, f"a case that is called {one_line(row['case'])}: no table of this program")
-            newer = row.get("input") in told
-            told.add(row.get("input"))
+            settled = (row["case"], row.get("input")) in told
+            told.add((row["case"], row.get("input")))
             if OF_ANOTHER in (row.get("error") or ""):
-                if not newer:
+                if not settled:
                     yield Entry(f"{row['case']} (not done)", _shown(row["input"], full_paths), error=row["error"])
             elif row["case"] not in seen:
                 seen.add(row["case"])
