@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +15,7 @@ from nibabel.wrapstruct import WrapStructError
 from ..errors import BadInputError
 from ..files import is_file
 from .packing import DAMAGED, open_packed, pack
-from .volume import Volume, check_affine
+from .volume import Volume, check_affine, corners_apart
 
 SUFFIXES = (".nii", ".nii.gz")
 PADDING = 512  # bytes that may follow the voxels: writers fill blocks
@@ -190,9 +189,7 @@ def _disagreement(header: Nifti1Header, sform: np.ndarray, scale: float) -> list
     try:
         with np.errstate(all="ignore"):  # a qform may hold any values
             qform = header.get_qform()
-            ends = [(0, length - 1) for length in header.get_data_shape()[:3]]
-            corners = np.array([*itertools.product(*ends, [1])])
-            apart = np.linalg.norm(corners @ (qform - sform)[:3].T, axis=1).max()
+            apart = corners_apart(header.get_data_shape()[:3], qform, sform)
             mirrored = np.linalg.det(qform[:3, :3]) * np.linalg.det(sform[:3, :3]) < 0
     except (HeaderDataError, ValueError):
         apart = np.nan

@@ -192,6 +192,12 @@ def check_mask(path: str | Path, voxels: np.ndarray, may_be_full: bool = False) 
         raise BadInputError(path, "a mask is wanted: here every voxel is set")
 
 
+def corners_apart(shape: Sequence[int], one: np.ndarray, other: np.ndarray) -> float:
+    """How far apart two affines place the same corner of a volume [I, J, K], at most."""
+    corners = np.array([*itertools.product(*((0, length - 1) for length in shape), [1])])
+    return np.linalg.norm(corners @ (one - other)[:3].T, axis=1).max()
+
+
 def mask_on_grid(volume: Volume, mask: Volume, may_be_full: bool = False) -> np.ndarray:
     """A mask as bool on the grid of ``volume``, from labels on the same grid up to the order and direction of axes.
 
@@ -204,9 +210,7 @@ def mask_on_grid(volume: Volume, mask: Volume, may_be_full: bool = False) -> np.
     shape = ours.to_slices(volume.voxels).shape
     if slices.shape != shape:
         raise BadInputError(mask.path, f"the grid of {volume.path.name} is wanted, {shape}, got {slices.shape}")
-    corners = np.array([*itertools.product(*((0, length - 1) for length in shape), [1])])
-    affines = [ours.slices_affine(volume.voxels.shape), theirs.slices_affine(mask.voxels.shape)]
-    apart = np.linalg.norm(corners @ (affines[0] - affines[1])[:3].T, axis=1).max()
+    apart = corners_apart(shape, ours.slices_affine(volume.voxels.shape), theirs.slices_affine(mask.voxels.shape))
     if not apart <= min(ours.spacing) / 2:
         raise BadInputError(
             mask.path, f"lies elsewhere in space than {volume.path.name}, up to {apart:.4g} mm: their affines differ"
