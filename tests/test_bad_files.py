@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import struct
 import time
@@ -395,6 +396,18 @@ def test_the_limits_can_fail():
     ):
         with pytest.raises(AssertionError, match=said):
             within(0.2 if most == BYTES else SECONDS, most, function)
+
+
+def test_garbage_of_others_hides_no_memory():
+    gc.disable()
+    try:
+        garbage = [np.ones(1 << 24)]
+        garbage.append(garbage)
+        del garbage
+        with pytest.raises(AssertionError, match=r"took .* bytes"):
+            within(SECONDS, 1 << 25, lambda: (gc.collect(), np.ones(1 << 24).sum()))
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
