@@ -35,7 +35,7 @@ ASYMMETRIC = np.array([[-0.9, 0, 0, 80], [0, -0.8, 0, 60], [0, 0, 2.5, -30], [0,
 
 
 # Minutes each, most of it in a few tests: one of them begun last would have every other worker wait for it.
-LONG = "ray", "engine_aot", "triton_aot", "train", "engine", "engine_triton", "model"
+LONG = "ray", "engine_hopper", "engine_aot", "triton_aot", "train", "engine", "engine_triton", "model"
 
 
 def pytest_configure(config):

@@ -21,6 +21,7 @@ from scoat_fast.ops import parity
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 EMULATED = Path(__file__).parent / "emulated_cuda"
+WATCHED = ["-fsanitize=thread"]  # emulated_cuda is told of each access, see its races.h
 NVCC = shutil.which("nvcc")
 
 
@@ -37,9 +38,10 @@ def load_emulated(folder: Path, name: str, sources: list[tuple[Path, list[str]]]
 
     Two in one process must have different names: Python takes the first one for both.
     """
+    sources = [*sources, *((EMULATED / name, ["-O2"]) for name in ("cuda_runtime.cpp", "races.cpp"))]
     compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs g++ on Linux")
     pybind11 = pytest.importorskip("pybind11")
     includes = [EMULATED, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-fno-gnu-unique", "-Wno-psabi", *(f"-I{i}" for i in includes)]
@@ -62,7 +64,8 @@ def emulated(tmp_path_factory):
     """The extension with its CUDA kernels compiled for the CPU, see ``emulated_cuda/cuda_runtime.h``."""
     options = ["-fopenmp-simd", "-DSCOAT_ISA=base", "-DSCOAT_EMULATED", "-DSCOAT_CUDA"]
     names = ("cuda.cu", "cpu.cpp", "cpu_dispatch.cpp", "engine_cpu.cpp", "training_cpu.cpp", "bindings.cpp")
-    return load_emulated(tmp_path_factory.mktemp("emulated"), "_C", [(CSRC / name, options) for name in names])
+    sources = [(CSRC / name, options + WATCHED * name.endswith(".cu")) for name in names]
+    return load_emulated(tmp_path_factory.mktemp("emulated"), "_C", sources)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
@@ -72,6 +75,31 @@ def test_cuda_kernels_thread_by_thread(op, dtype, emulated, monkeypatch):
     monkeypatch.setattr(native, "_C", types.SimpleNamespace(cpu=emulated.cuda))
     for sample in op.samples("awkward", dtype, "cpu"):
         assert_as_accurate(parity.measure(op, "cpu", sample), sample.name)
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    sources = [(EMULATED / "faults.cpp", WATCHED), (EMULATED / "faults_module.cpp", [])]
+    sources += [(EMULATED / "hopper_ptx.cpp", [])]
+    return load_emulated(tmp_path_factory.mktemp("faults"), "_faults", sources)
+
+
+@pytest.mark.parametrize(("without", "said"), [
+    ("the fence of barriers", "a barrier is used before its threads know of it"),
+    ("a wait for an empty stage", "copies for barrier 0 of block 0 writes shared memory at 0, which copies for"),
+    ("a fence between proxies", "products of warp . of block 0 reads .* thread .* wrote without a fence between"),
+    ("a warp's barrier", "products of warp . of block 0 reads .* thread .* wrote at the same time"),
+    ("a wait for a full stage", "shared memory at .* at the same time"),
+    ("a wait for products", "copies for barrier 0 of block 0 writes .* products of warp . of block 0 read at the same"),
+    ("a barrier of all", "thread .* shared memory at .* thread .* at the same time"),
+    ("somebody at a barrier", "all threads wait"),
+    ("a place for each block", "thread .* of block 1 writes memory at .* thread .* of block 0 wrote at the same time"),
+])  # fmt: skip
+def test_the_emulation_sees_what_is_left_out(without, said, faults):
+    faults.run_without("nothing")
+    with pytest.raises(RuntimeError, match=said):
+        faults.run_without(without)
+    faults.run_without("nothing")
 
 
 needs_nvcc = pytest.mark.skipif(NVCC is None or disassembler() is None, reason="needs nvcc and cuobjdump")

@@ -1,15 +1,14 @@
 // The machine of csrc/hopper_ptx.h on a CPU: shared memory is a buffer, a barrier counts, a copy is done at once, and
 // each thread of a warpgroup computes its own part of a matrix product from the bytes that the descriptors point at.
+// What is asynchronous there is so for the clocks of races.h, too.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <array>
 #include <cmath>
-#include <cstring>
-#include <map>
 
 #include "hopper.h"
+#include "races.h"
 
 #define __grid_constant__
 #define SCOAT_DYNAMIC_SHARED(name) uint8_t* const name = emulated::shared
@@ -28,18 +27,6 @@ struct uint4 {
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
-namespace emulated {
-
-constexpr int SHARED_BYTES = 227 << 10;
-alignas(1024) inline uint8_t shared[SHARED_BYTES];
-
-// Where a 16-byte piece of a swizzled row of `span` bytes lies: by its address, whatever the matrix begins at.
-inline uint32_t swizzled(uint32_t address, int span) {
-  return address ^ ((address >> 7 & uint32_t(span / 16 - 1)) << 4);
-}
-
-}  // namespace emulated
-
 // A tensor [n, h, w, c] of numbers of some bytes, and the boxes that are read from it.
 struct CUtensorMap {
   const uint8_t* data;
@@ -55,108 +42,40 @@ struct Barrier {
 };
 static_assert(sizeof(Barrier) == 16, "of which the kernel has twice the room that it needs");
 
-inline uint32_t shared_address(const void* pointer) {
-  const auto offset = static_cast<const uint8_t*>(pointer) - emulated::shared;
-  if (offset < 0 || offset >= emulated::SHARED_BYTES) emulated::fail("an address outside of shared memory");
-  return uint32_t(offset);
-}
+uint32_t shared_address(const void* pointer);
+void init(Barrier* barrier, int count);
+void fence_init();
+void arrive_expect(Barrier* barrier, int bytes);
+inline void arrive(Barrier* barrier) { arrive_expect(barrier, 0); }
+void wait(Barrier* barrier, int parity);
+void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier);
+void copy_box(void* to, const CUtensorMap* map, Barrier* barrier, int c, int x, int y, int n);
+void fence_async();
 
-inline void step(Barrier* barrier) {
-  if (barrier->pending < 0) emulated::fail("more arrivals at a barrier than it waits for");
-  if (barrier->pending == 0 && barrier->bytes == 0) {
-    barrier->pending = barrier->count;
-    barrier->phase ^= 1;
-    emulated::progress();
-  }
-}
-
-inline void init(Barrier* barrier, int count) { *barrier = {count, count, 0, 0}; }
-inline void fence_init() {}
-
-inline void arrive(Barrier* barrier) {
-  --barrier->pending;
-  step(barrier);
-}
-
-inline void arrive_expect(Barrier* barrier, int bytes) {
-  barrier->bytes += bytes;
-  arrive(barrier);
-}
-
-inline void wait(Barrier* barrier, int parity) {
-  while (barrier->phase == parity) emulated::give_way();
-}
-
-inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
-  if (bytes % 16 || shared_address(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
-    emulated::fail("a copy that is not of whole 16 bytes");
-  std::memcpy(to, from, size_t(bytes));
-  barrier->bytes -= bytes;
-  step(barrier);
-}
-
-inline void copy_box(void* to, const CUtensorMap* map, Barrier* barrier, int c, int x, int y, int n) {
-  const uint32_t start = shared_address(to);
-  if (start % 128 || start % uint32_t(8 * map->span)) emulated::fail("a box that does not begin a swizzle pattern");
-  uint32_t offset = start;
-  for (int j = 0; j < map->box[2]; ++j)
-    for (int i = 0; i < map->box[1]; ++i)
-      for (int k = 0; k < map->box[0]; ++k, offset += uint32_t(map->size)) {
-        const int64_t at[] = {c + k, x + i, y + j, n};
-        const uint8_t* from = map->data;
-        bool inside = true;
-        for (int axis = 0; axis < 4; ++axis) {
-          inside = inside && at[axis] >= 0 && at[axis] < map->sizes[axis];
-          from += at[axis] * map->steps[axis];
-        }
-        uint8_t* const value = emulated::shared + emulated::swizzled(offset, map->span);
-        if (inside)
-          std::memcpy(value, from, size_t(map->size));
-        else
-          std::memset(value, 0, size_t(map->size));
-      }
-  barrier->bytes -= int(offset - start);
-  step(barrier);
-}
-
-inline void fence_async() {}
 inline void synchronise(int name, int threads) { emulated::meet(-1 - name, unsigned(threads)); }
-inline void announce(int name, int threads) { emulated::meet(-1 - name, unsigned(threads), false); }
+inline void announce(int name, int threads) {
+  emulated::meet(-1 - name, unsigned(threads), emulated::Meets::announces);
+}
+
 template <int>
 void take_registers() {}
 template <int>
 void give_registers() {}
-inline void products_begin() {}
-inline void products_commit() {}
-template <int>
-void products_wait() {}
+
+inline void products_begin() { emulated::meet(int(emulated::current / 32), 32, emulated::Meets::converges); }
+void products_commit();
+void products_wait(int left);
+template <int LEFT>
+void products_wait() {
+  products_wait(LEFT);
+}
+
+uint8_t e4m3_of(float value);
+float to_float(E4M3 value);
 
 template <typename T>
 uint32_t pair(float first, float second) {
   return from_float<T>(first).bits | uint32_t(from_float<T>(second).bits) << 16;
-}
-
-// To the nearest, ties to even, and 448 for what is larger.
-inline uint8_t e4m3_of(float value) {
-  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
-  if (std::isnan(value)) return sign | 0x7f;
-  const float size = std::min(std::fabs(value), 448.0f);
-  const int exponent = size < 0x1p-6f ? -6 : std::ilogb(size);
-  const int eighths = int(std::nearbyint(std::ldexp(size, 3 - exponent)));  // of 2^exponent; fewer than 8 if subnormal
-  return sign | uint8_t((exponent + 6) * 8 + eighths);
-}
-
-inline float to_float(E4M3 value) {
-  static const auto all = [] {
-    std::array<float, 256> found{};
-    for (int bits = 0; bits < 256; ++bits) {
-      const int exponent = bits >> 3 & 15, eighths = bits & 7;
-      const float size = std::ldexp(float(exponent ? 8 + eighths : eighths), (exponent ? exponent : 1) - 10);
-      found[size_t(bits)] = std::copysign((bits & 0x7f) == 0x7f ? NAN : size, bits & 0x80 ? -1.0f : 1.0f);
-    }
-    return found;
-  }();
-  return all[value.bits];
 }
 
 template <>
@@ -194,40 +113,12 @@ inline uint32_t add_product(uint32_t sum, uint32_t a, uint32_t b) {
 
 inline float maximum(float a, float b) { return std::isnan(a) ? a : std::isnan(b) ? b : std::max(a, b); }
 
-// A row of 32 bytes of the matrix of a descriptor.
 template <typename T>
-void read(uint64_t descriptor, int row, float (&to)[32 / sizeof(T)]) {
-  const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
-  const uint32_t start = field(0), channels_step = field(16), group_step = field(32);
-  const int mode = int(descriptor >> 62), span = mode == 0 ? 16 : mode == 3 ? 32 : mode == 2 ? 64 : 128;
-  if (descriptor >> 49 & 7) emulated::fail("a matrix with a base offset");
-  for (uint32_t k = 0; k < 32 / sizeof(T); ++k) {
-    const uint32_t byte = k * sizeof(T), within = span == 16 ? byte / 16 * channels_step + byte % 16 : byte;
-    uint32_t address = start + uint32_t(row / 8) * group_step + uint32_t(row % 8 * span) + within;
-    if (address >= emulated::SHARED_BYTES) emulated::fail("a matrix outside of shared memory");
-    if (span > 16) address = emulated::swizzled(address, span);
-    T value;
-    std::memcpy(&value, emulated::shared + address, sizeof value);
-    to[k] = to_float(value);
-  }
-}
+void multiply(int n, float* d, uint64_t a, uint64_t b);
 
 template <typename T, int N>
 void multiply(float* d, uint64_t a, uint64_t b) {
-  const int lane = int(threadIdx.x % 32), first = 16 * int(threadIdx.x / 32 % 4) + lane / 4;
-  constexpr int K = 32 / sizeof(T);
-  float rows[2][K], column[K];
-  read<T>(a, first, rows[0]);
-  read<T>(a, first + 8, rows[1]);
-  for (int j = 0; j < N / 8; ++j)
-    for (int i = 0; i < 2; ++i) {
-      read<T>(b, 8 * j + lane % 4 * 2 + i, column);
-      for (int half = 0; half < 2; ++half) {
-        float total = 0.0f;
-        for (int k = 0; k < K; ++k) total += rows[half][k] * column[k];
-        d[4 * j + 2 * half + i] += total;
-      }
-    }
+  multiply<T>(N, d, a, b);
 }
 
 template <typename T>
