@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -13,6 +14,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from test_ops import FLOATS, assert_as_accurate
 
 from scoat_fast import ops
@@ -21,7 +23,7 @@ from scoat_fast.ops import parity
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 EMULATED = Path(__file__).parent / "emulated_cuda"
-WATCHED = ["-fsanitize=thread"]  # emulated_cuda is told of each access, see its races.h
+WATCHED = ["-fsanitize=thread,alignment"]  # emulated_cuda is told of each access, see its races.h
 NVCC = shutil.which("nvcc")
 
 
@@ -68,10 +70,25 @@ def emulated(tmp_path_factory):
     return load_emulated(tmp_path_factory.mktemp("emulated"), "_C", sources)
 
 
+def give_what_is_asked_for(module, monkeypatch) -> None:
+    """Lets emulated kernels use the memory of those tensors alone of which addresses are taken."""
+    allow, address = ctypes.CDLL(module.__file__).allow, torch.Tensor.data_ptr
+    allow.argtypes = ctypes.c_void_p, ctypes.c_size_t
+
+    def data_ptr(x):
+        last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+        allow(address(x), (last + 1) * x.itemsize if x.numel() else 0)
+        return address(x)
+
+    allow(None, 0)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
 def test_cuda_kernels_thread_by_thread(op, dtype, emulated, monkeypatch):
     native = pytest.importorskip("scoat_fast.ops._native", exc_type=ImportError)
+    give_what_is_asked_for(emulated, monkeypatch)
     monkeypatch.setattr(native, "_C", types.SimpleNamespace(cpu=emulated.cuda))
     for sample in op.samples("awkward", dtype, "cpu"):
         assert_as_accurate(parity.measure(op, "cpu", sample), sample.name)
@@ -93,6 +110,9 @@ def faults(tmp_path_factory):
     ("a wait for products", "copies for barrier 0 of block 0 writes .* products of warp . of block 0 read at the same"),
     ("a barrier of all", "thread .* shared memory at .* thread .* at the same time"),
     ("somebody at a barrier", "all threads wait"),
+    ("a value", "products of warp . of block 0 reads shared memory at .* which nobody wrote"),
+    ("the end", "thread 127 of block 0 writes memory that it was not given"),
+    ("a vector's beginning", "a vector that does not begin at its size"),
     ("a place for each block", "thread .* of block 1 writes memory at .* thread .* of block 0 wrote at the same time"),
 ])  # fmt: skip
 def test_the_emulation_sees_what_is_left_out(without, said, faults):

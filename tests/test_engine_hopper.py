@@ -14,7 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_steps import run_steps, trained
-from test_cuda_source import CSRC, EMULATED, ROOT, WATCHED, disassembler, load_emulated, machine_code_of
+from test_cuda_source import (
+    CSRC,
+    EMULATED,
+    ROOT,
+    WATCHED,
+    disassembler,
+    give_what_is_asked_for,
+    load_emulated,
+    machine_code_of,
+)
 
 import scoat_fast
 from scoat_fast import SCOATNet
@@ -39,6 +48,7 @@ def emulated(tmp_path_factory):
 
 @pytest.fixture
 def on_a_cpu(emulated, monkeypatch):
+    give_what_is_asked_for(emulated, monkeypatch)
     monkeypatch.setattr(native, "_C", types.SimpleNamespace(hopper=emulated.hopper))
 
 

@@ -35,11 +35,12 @@ bool running, progressed;
 const char* host;  // where the host's stack is
 std::map<int, Meeting> meetings;
 std::vector<uint32_t> slots[2];
-std::function<void()> body;
+const void* kernel;
+void (*call)(const void* kernel);
 std::string failure;
 
 void entry() {
-  body();
+  call(kernel);
   threads[current].done = true;
 }
 
@@ -94,10 +95,10 @@ uint32_t shuffled(unsigned mask, uint32_t value, unsigned other) {
   return given[current / 32 * 32 + other];
 }
 
-void run(unsigned blocks, dim3 block, std::function<void()> kernel) {
+void run(unsigned blocks, dim3 block, const void* kernel_, void (*call_)(const void* kernel)) {
   const unsigned size = block.x * block.y * block.z;
   std::minstd_rand dice(size);
-  body = std::move(kernel);
+  kernel = kernel_, call = call_;
   host = static_cast<const char*>(__builtin_frame_address(0));
   blockDim = block;
   threads.resize(size);
@@ -156,6 +157,8 @@ SCOAT_CALLED_FOR(8)
 SCOAT_CALLED_FOR(16)
 void __tsan_read_range(void* pointer, size_t size) { emulated::accessed(pointer, size, false); }
 void __tsan_write_range(void* pointer, size_t size) { emulated::accessed(pointer, size, true); }
+// What the compiler calls where a pointer has not the alignment of its type: this fails on a GPU.
+void __ubsan_handle_type_mismatch_v1(void*, void*) { emulated::fail("a vector that does not begin at its size"); }
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -1,12 +1,12 @@
 // Just enough of CUDA to run kernels on a CPU, so that they are tested where there is no GPU: one block after the
 // other, its threads as coroutines that change over at barriers and shuffles, warps in an order that changes. Index
-// arithmetic shows in the results; a shuffle or barrier that not all threads reach fails, and a race does, see races.h.
+// arithmetic shows in the results; a shuffle or barrier that not all threads reach fails, and so do races and accesses
+// to memory that a kernel was not given, see races.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <string>
 
 #define __global__
@@ -46,8 +46,13 @@ namespace emulated {
 
 inline unsigned current;  // thread of the block
 
-// Runs a kernel. Raises what failed.
-void run(unsigned blocks, dim3 block, std::function<void()> kernel);
+// Runs a kernel, which lies on the host's stack as its arguments do. Raises what failed.
+void run(unsigned blocks, dim3 block, const void* kernel, void (*call)(const void* kernel));
+
+template <typename Kernel>
+void run(unsigned blocks, dim3 block, const Kernel& kernel) {
+  run(blocks, block, &kernel, [](const void* kernel) { (*static_cast<const Kernel*>(kernel))(); });
+}
 
 [[noreturn]] void fail(const std::string& what);
 

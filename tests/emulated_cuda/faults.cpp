@@ -29,6 +29,7 @@ void kernel(Parameters p) {
     init(full, 2), init(empty, 4);
     if (!p.without("the fence of barriers")) fence_init();
   }
+  if (thread < 128) totals[thread] = 0;
   __syncthreads();
   if (thread >= 128) {
     for (int round = 0; round < ROUNDS; ++round) {
@@ -37,7 +38,7 @@ void kernel(Parameters p) {
         arrive_expect(full, BYTES);
         copy_bytes(memory, p.from, BYTES, full);
       }
-      for (int i = lane; i < 128; i += 32) weights[i] = 0;
+      for (int i = lane; i < 128 && !p.without("a value"); i += 32) weights[i] = 0;
       if (!p.without("a fence between proxies")) fence_async();
       if (!p.without("a warp's barrier")) __syncwarp();
       if (lane == 0) arrive(full);
@@ -59,7 +60,9 @@ void kernel(Parameters p) {
   if (p.without("somebody at a barrier") && lane == 0) return;
   const float other = __shfl_xor_sync(0xffffffffu, values[1], 1);
   const unsigned block = p.without("a place for each block") ? 0 : blockIdx.x;
-  p.out[128 * block + thread] = totals[127 - thread] + other;
+  if (p.without("the end") && thread == 127) p.out[256] = 0;
+  const uint4 vector = *reinterpret_cast<const uint4*>(p.from + (p.without("a vector's beginning") ? 8 : 0));
+  p.out[128 * block + thread] = totals[127 - thread] + other + float(vector.x);
 }
 
 std::string missing;
@@ -71,6 +74,9 @@ void run_without(const std::string& what) {
   const std::vector<uint8_t> from(BYTES + 16);
   std::vector<float> out(256);
   const auto aligned = (reinterpret_cast<uintptr_t>(from.data()) + 15) / 16 * 16;
+  emulated::races.allow(nullptr, 0);
+  emulated::races.allow(from.data(), from.size());
+  emulated::races.allow(out.data(), sizeof(float) * out.size());
   launch(kernel, 2, THREADS, emulated::SHARED_BYTES, nullptr,
          Parameters{reinterpret_cast<const uint8_t*>(aligned), out.data(),
                     [](const char* what) { return missing == what; }});

@@ -4,8 +4,9 @@
 
 #include "cuda_runtime.h"
 
-// This library's variables without a value to begin with, of which those of kernels are a block's.
-extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[];
+// Where this library lies, and in it the variables without a value to begin with, of which those of kernels are a
+// block's.
+extern "C" __attribute__((visibility("hidden"))) uint8_t __ehdr_start[], __bss_start[], _end[];
 
 namespace emulated {
 namespace {
@@ -23,6 +24,16 @@ std::string name(const Access& access) {
 void Clock::join(const Clock& other) {
   for (int i = 0; i < AGENTS; ++i) seen[i] = std::max(seen[i], other.seen[i]);
   for (int i = 0; i < AGENTS; ++i) fenced[i] = std::max(fenced[i], other.fenced[i]);
+}
+
+void Races::allow(const void* pointer, size_t size) {
+  if (!pointer) return allowed.clear();
+  auto begin = reinterpret_cast<uintptr_t>(pointer), end = begin + size;
+  auto other = allowed.upper_bound(begin);  // grows by those that it overlaps
+  if (other != allowed.begin() && std::prev(other)->second >= begin) --other;
+  for (; other != allowed.end() && other->first <= end; other = allowed.erase(other))
+    begin = std::min(begin, other->first), end = std::max(end, other->second);
+  allowed[begin] = end;
 }
 
 void Races::begin_launch() {
@@ -85,12 +96,20 @@ void Races::touch(const void* pointer, size_t size, bool writes, int agent, uint
     const auto offset = size_t(first - shared);
     first_word = std::min(first_word, offset / 4), last_word = std::max(last_word, (offset + size) / 4);
     if (offset % 4 || size % 4) fail("less than 4 bytes of shared memory at once");
-    for (size_t i = offset; i < offset + size; i += 4) touch(words[i / 4], writes, self, known, "shared memory at", i);
+    for (size_t i = offset; i < offset + size; i += 4) {
+      if (!writes && words[i / 4].written.moment == 0)
+        fail(name(self) + " reads shared memory at " + std::to_string(i) + ", which nobody wrote");
+      touch(words[i / 4], writes, self, known, "shared memory at", i);
+    }
     return;
   }
   const auto address = reinterpret_cast<uintptr_t>(first);
-  auto& bytes =
-      first >= reinterpret_cast<uint8_t*>(__bss_start) && first < reinterpret_cast<uint8_t*>(_end) ? variables : others;
+  if (first < __ehdr_start || first >= _end) {
+    const auto after = allowed.upper_bound(address);
+    if (after == allowed.begin() || std::prev(after)->second < address + size)
+      fail(name(self) + (writes ? " writes" : " reads") + " memory that it was not given");
+  }
+  auto& bytes = first >= __bss_start && first < _end ? variables : others;
   for (uintptr_t i = address; i < address + size;) {
     auto& some = bytes[i / 64];
     do touch(some[i % 64], writes, self, known, "memory at", i);
@@ -99,3 +118,5 @@ void Races::touch(const void* pointer, size_t size, bool writes, int agent, uint
 }
 
 }  // namespace emulated
+
+extern "C" void allow(const void* pointer, size_t size) { emulated::races.allow(pointer, size); }

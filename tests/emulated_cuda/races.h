@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -46,6 +47,9 @@ class Races {
   void tick(unsigned thread) { ++clocks[thread].seen[thread]; }
   void fence(unsigned thread);
 
+  // Kernels of this launch and later ones may use this memory; by none is everything forgotten.
+  void allow(const void* pointer, size_t size);
+
   // An agent reads or writes; `known` is what the thread knows that does so or has it done.
   void touch(const void* pointer, size_t size, bool writes, int agent, uint32_t moment, const Clock& known);
 
@@ -57,6 +61,7 @@ class Races {
   };
 
   int block;
+  std::map<uintptr_t, uintptr_t> allowed;                                 // ends by beginnings
   std::vector<Cell> words;                                                // of shared memory, of 4 bytes
   size_t first_word = 0, last_word = 0;                                   // that were touched
   std::unordered_map<uintptr_t, std::array<Cell, 64>> variables, others;  // bytes of the library, and elsewhere
