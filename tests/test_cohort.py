@@ -28,7 +28,7 @@ from scoat_fast.engine.runner import compile as compile_network
 from scoat_fast.errors import OutputError, ScoatFastError
 from scoat_fast.imaging.volume import Turn
 from scoat_fast.segmentation import journal, ledger, pipeline, reading, stream
-from scoat_fast.segmentation.cases import Case
+from scoat_fast.segmentation.cases import Case, is_report
 from scoat_fast.segmentation.inference import Segmenter
 from scoat_fast.segmentation.quality import assess
 from scoat_fast.segmentation.stream import Job
@@ -333,6 +333,30 @@ def test_a_series_is_never_taken_for_another_of_its_folder(phantom, weights, tmp
     (tmp_path / "ct" / "README.txt").write_text("more")
     shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "ct")
     assert run(*arguments, 1) == EXIT_OK
+
+
+def test_lungs_that_are_wanted_and_missing_are_told_of(cohort, weights, tmp_path, capsys):
+    (tmp_path / "lungs").mkdir()
+    arguments = ["segment", sorted(cohort.iterdir())[0], "-o", tmp_path / "out", "--weights", weights]
+    for lungs, warned in (((), False), (("--lung", tmp_path / "lungs"), True), ((), False)):
+        for how in ("", "unchanged, "):
+            assert run(*arguments, *lungs) == EXIT_OK
+            assert ("unchanged, " in capsys.readouterr().out) == bool(how)
+            (report,) = (path for path in (tmp_path / "out").glob("*.json") if is_report(path))
+            assert ("no lung mask for this case" in report.read_text()) == warned
+
+
+def test_inputs_are_found_from_other_folders(cohort, weights, tmp_path, monkeypatch, capsys):
+    scan = sorted(cohort.iterdir())[0]
+    monkeypatch.chdir(scan.parent)
+    assert run("segment", scan.name, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+    (report,) = (path for path in (tmp_path / "out").glob("*.json") if is_report(path))
+    found = json.loads(report.read_text())
+    assert found["input"] == rows_of(tmp_path / "out")[0]["input"] == str(scan)
+    report.write_text(json.dumps(found | {"input": scan.name}))  # as earlier versions told of it
+    monkeypatch.chdir(tmp_path)
+    assert run("segment", scan, "-o", tmp_path / "out", "--weights", weights) == EXIT_OK
+    assert "unchanged" in capsys.readouterr().out and json.loads(report.read_text())["input"] == str(scan)
 
 
 def test_results_beside_the_slices_of_a_series_are_no_part_of_it(phantom, weights, tmp_path, capsys):

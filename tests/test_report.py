@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ASYMMETRIC
+from dicom_series import write_series
 from PIL import Image
 from test_segment import run
 
@@ -270,6 +271,26 @@ def test_who_recovered_is_shown_in_the_middle(visits, phantom, weights, tmp_path
     assert run("followup", *given, "-o", tmp_path / "page.html") == EXIT_OK
     text = Page(tmp_path / "page.html").text
     assert text.count("no opacity, slices in the middle") == 1 and "a threshold of 0.2" in text
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_series_of_one_folder_have_pictures(zipped, phantom, weights, tmp_path):
+    (tmp_path / "ct").mkdir()
+    for k in (1, 2):
+        write_series(
+            tmp_path / f"{k}",
+            phantom.transpose(2, 1, 0).astype(float) + 10 * k,
+            change=lambda _, slice, k=k: setattr(slice, "SeriesNumber", k),
+        )
+        for path in (tmp_path / f"{k}").iterdir():
+            path.rename(tmp_path / "ct" / f"{k}{path.name}")
+    given = tmp_path / "ct"
+    if zipped:
+        given = shutil.make_archive(str(tmp_path / "ct"), "zip", given)
+    assert run("segment", given, "-o", tmp_path / "out", "--weights", weights, "--quiet") == EXIT_OK
+    visits = read_visits([f"2026-0{k}-01={tmp_path / 'out' / f'ct_{k}.json'}" for k in (1, 2)])
+    (first, *_), (second, *_) = (cuts(visit)[0] for visit in visits)
+    assert (second - first).mean() > 0.005
 
 
 # In a browser

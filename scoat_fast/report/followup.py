@@ -19,7 +19,7 @@ from ..imaging.nifti import read_nifti
 from ..imaging.volume import Turn, mask_on_grid
 from ..imaging.window import LUNG
 from ..segmentation.cases import find_cases, is_report, read_volume
-from ..segmentation.ledger import unchanged
+from ..segmentation.ledger import series_of, unchanged
 from ..segmentation.overlay import FOUND, contour
 from ..segmentation.results import check_begins
 from .pages import number, picture, write_page
@@ -144,12 +144,16 @@ def cuts(visit: Visit) -> list[tuple[np.ndarray, np.ndarray, float]]:
     """The axial and the coronal slice with the most opacity, the head up: grey values in 0..1 and mask [H, W], and the
     ratio of a pixel's height to its width; those in the middle, where there is none. Raises BadInputError.
     """
-    cases, errors = find_cases([visit.report["input"]], visit.path.parent)
-    if errors or len(cases) != 1:
-        reason = errors[0].reason if errors else "it holds several scans now"
-        raise BadInputError(visit.report["input"], f"the input {one_line(Path(visit.report['input']).name)}: {reason}")
-    if unchanged(cases[0].path, visit.report["made_from"]["input"]) is None:
-        raise BadInputError(cases[0].path, f"the input {one_line(cases[0].path.name)} was changed since")
+    path, facts = Path(visit.report["input"]), visit.report["made_from"]["input"]
+    cases, errors = find_cases([path], visit.path.parent)
+    cases = [case for case in cases if (case.path, series_of(case)) == (path, facts.get("series"))]
+    if len(cases) > 1:  # an archive of volumes
+        cases = [case for case in cases if case.name == visit.report["case"]]
+    if not cases:
+        reason = errors[0].reason if errors else "it holds other scans now"
+        raise BadInputError(path, f"the input {one_line(path.name)}: {reason}")
+    if unchanged(path, facts) is None:
+        raise BadInputError(path, f"the input {one_line(path.name)} was changed since")
     volume = read_volume(cases[0])
     mask = read_nifti(visit.path.with_name(f"{visit.report['case']}_mask.nii.gz"), labels=True)
     turn = Turn(volume.affine)

@@ -95,8 +95,9 @@ def finished(report: Path, inputs: dict[str, Path], weights: str, options: str) 
         return None  # whatever it is, it is no report of ours that is whole: the case is done anew, and says what fails
     if None in facts.values():
         return None
-    if any(made[name] != what for name, what in facts.items()):
-        found |= {"input": str(inputs["input"]), "made_from": made | facts}
+    place = place_of(inputs["input"])
+    if found.get("input") != place or any(made[name] != what for name, what in facts.items()):
+        found |= {"input": place, "made_from": made | facts}
         with alone(report.parent):
             if report.read_bytes() == data:  # else another run does this case now
                 write_text(report, report_text(found))
@@ -122,10 +123,21 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def place_of(path: Path) -> str:
+    """Where an input lies, for whoever works in another folder: as it is spelled, since a link may lead to a corrected
+    scan.
+    """
+    return os.path.abspath(path)  # noqa: PTH100 (resolve follows links)
+
+
 def scan_facts(case: Case) -> dict:
-    """``input_facts`` of a case, and the UID of its series where it is one of several. Raises BadInputError."""
-    within = case.series if case.kind == "dicom" else (case.series or "").partition(INSIDE)[2]
-    return input_facts(case.path) | {"series": within or None}
+    """``input_facts`` of a case, and its ``series_of``. Raises BadInputError."""
+    return input_facts(case.path) | {"series": series_of(case)}
+
+
+def series_of(case: Case) -> str | None:
+    """The UID of a case's series where it is one of several."""
+    return (case.series if case.kind == "dicom" else (case.series or "").partition(INSIDE)[2]) or None
 
 
 def other_scan(report: Path, facts: dict) -> str | None:
@@ -133,7 +145,7 @@ def other_scan(report: Path, facts: dict) -> str | None:
     try:
         found = json.loads(report.read_bytes())
         made = found["made_from"]["input"]
-        places = {made.get("place") or _digest(os.path.abspath(found["input"])), made.get("real_place")}  # noqa: PTH100
+        places = {made.get("place") or _digest(place_of(found["input"])), made.get("real_place")}
         moved = places.isdisjoint((facts["place"], facts["real_place"]))
         if len({made.get("series"), facts["series"]} - {None}) > 1:
             return f"{found['input']}, series {made['series']}"
@@ -163,8 +175,7 @@ def _stamp(path: Path, files: list[Path]) -> dict:
         states = [(file.name, file.stat()) for file in files]
     except OSError as error:
         raise BadInputError(error.filename, f"cannot be read: {error.strerror}") from error
-    # as it is spelled, since a link may lead to a corrected scan, and where it is, since folders may be linked
-    place, real = _digest(os.path.abspath(path)), _digest(os.path.realpath(path))  # noqa: PTH100 (resolve follows links)
+    place, real = _digest(place_of(path)), _digest(os.path.realpath(path))  # folders may be linked
     # nobody can set the second time: what archives unpack has the first one that they tell
     stamps = [[name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for name, state in states]
     return {

@@ -30,7 +30,7 @@ from ..imaging.grid import SQUARE_PIXELS
 from .cases import Case, find_cases
 from .inference import Segmenter
 from .journal import Journal, OpenJournal
-from .ledger import finished, input_facts, made_of, network_digest, options_digest, scan_facts, unchanged
+from .ledger import finished, input_facts, made_of, network_digest, options_digest, place_of, scan_facts, unchanged
 from .lungs import Lungs, find_lungs, given_lungs
 from .overlay import contact_sheet
 from .quality import assess
@@ -149,9 +149,9 @@ def over_cases(
 
 def fail(journal: Journal, name: str, path: Path, reason: str, error: Exception) -> dict:
     """Notes a failure; its row of the table."""
-    failure = {"case": name, "input": str(path), "reason": reason, "kind": type(error).__name__}
+    failure = {"case": name, "input": place_of(path), "reason": reason, "kind": type(error).__name__}
     journal.fail(failure, str(getattr(error, "path", path)))
-    return {"case": name, "input": str(path), "status": "failed", "error": reason}
+    return {"case": name, "input": place_of(path), "status": "failed", "error": reason}
 
 
 class Run:
@@ -248,7 +248,7 @@ class Run:
         check_free(case, self.output)
         lung = None if self.options.lung is None else lung_path(case, self.options.lung)
         inputs = {"input": case.path} | ({} if lung is None else {"lung": lung})
-        options = self._options_digest(case, lung is not None)
+        options = self._options_digest(case, "missing" if lung is None and self.options.lung else lung is not None)
         if not self.options.redo:
             done = finished(report_path(case, self.output), inputs, self._weights, options)
             if done is not None and not has_stale(case, self.output, done):
@@ -291,7 +291,7 @@ class Run:
         segmenter = self.segmenters[0]
         report = {
             "case": case.name,
-            "input": str(case.path),
+            "input": place_of(case.path),
             "note": NOTE,
             "scoat_fast": __version__,
             "weights": segmenter.pretrained.name,
@@ -336,7 +336,7 @@ class Run:
             return given_lungs(job.about.lung, None if job.about.turn is None else job.slices)
         return Lungs() if job.about.turn is None else find_lungs(job.slices, mask, job.about.turn.spacing)
 
-    def _options_digest(self, case: Case, has_lung: bool) -> str:
+    def _options_digest(self, case: Case, lung: bool | str) -> str:
         """Of what else the results of a case depend on."""
         return options_digest(
             {
@@ -345,7 +345,7 @@ class Run:
                 "series": case.series,
                 "threshold": self.segmenters[0].threshold(self.options.threshold),
                 "min_mm3": self.options.min_mm3,
-                "lung": has_lung,
+                "lung": lung,
                 "save_probabilities": self.options.save_probabilities,
                 "save_attention": self.options.save_attention,
                 "save_lungs": self.options.save_lungs,
