@@ -98,6 +98,10 @@ class _TwoConvolutions(torch.autograd.Function):
             x, w3, w1 = (tensor.to(dy3.dtype) for tensor in ctx.saved_tensors)
             n, c, h, w = x.shape
             of_x, *wanted = ctx.needs_input_grad
+            if _is_batched(dy3) or _is_batched(dy1):
+                first, *of_w3 = _stock(dy3, x, w3, of_x, wanted[:2])
+                second, *of_w1 = _stock(dy1, x, w1, of_x, wanted[2:])
+                return first + second if of_x else None, *of_w3, *of_w1
             of_weights = *_of_weights(dy3, x, w3, wanted[:2]), *_of_weights(dy1, x, w1, wanted[2:])
             del x
             if not of_x:
@@ -110,11 +114,19 @@ class _TwoConvolutions(torch.autograd.Function):
 def _of_weights(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor | None]:
     """The gradients of the weight and the bias of a convolution that keeps height and width."""
     # that of weights cannot be differentiated again, for which gradients are enabled here
-    ours = weight.shape[2] == 3 and wanted[0] and not torch.is_grad_enabled()
+    ours = weight.shape[2] == 3 and wanted[0] and not torch.is_grad_enabled() and not _is_batched(dy)
     if ours and dy.dtype == torch.float32 and why_not(x) is None:
         return [torch.empty_like(weight).copy_(weight_gradient(dy, x)), dy.sum((0, 2, 3)) if wanted[1] else None]
+    return _stock(dy, x, weight, False, wanted)[1:]
+
+
+def _stock(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, wanted: list[bool]) -> list[Tensor | None]:
     padding = [side // 2 for side in weight.shape[2:]]
-    _, *grads = torch.ops.aten.convolution_backward(
-        dy, x, weight, weight.shape[:1], [1, 1], padding, [1, 1], False, [0, 0], 1, [False, *wanted]
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, weight.shape[:1], [1, 1], padding, [1, 1], False, [0, 0], 1, [of_x, *wanted]
     )
-    return grads
+
+
+def _is_batched(dy: Tensor) -> bool:
+    """Whether a gradient stands for many (``is_grads_batched``), which standard operators alone can take."""
+    return torch._C._functorch.is_legacy_batchedtensor(dy)

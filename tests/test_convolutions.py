@@ -66,6 +66,23 @@ def test_what_wants_no_gradient_gets_none(frozen):
     torch.testing.assert_close(results(two_convolutions, *given), results(stock, *given))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=str)
+def test_many_gradients_at_once(used, layout):
+    x, *convs = made(torch.float64)
+    convs = [conv.to(memory_format=layout) for conv in convs]
+    x = x.detach().contiguous(memory_format=layout).requires_grad_()
+    outputs = two_convolutions(x, *convs)
+    outputs = [outputs[i] for i in used]
+    inputs = [x, *convs[0].parameters(), *convs[1].parameters()]
+    given = [torch.randn(3, *y.shape, dtype=y.dtype, device=DEVICE) for y in outputs]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    together = torch.autograd.grad(outputs, inputs, given, is_grads_batched=True, **options)
+    for k in range(3):
+        alone = torch.autograd.grad(outputs, inputs, [many[k] for many in given], **options)
+        torch.testing.assert_close([many[k] for many in together], list(alone))
+
+
 def test_gradients_of_gradients():
     x, *convs = made(torch.float64)
     parameters = [parameter for conv in convs for parameter in conv.parameters()]

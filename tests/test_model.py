@@ -354,6 +354,20 @@ def test_the_older_onnx_exporter(net):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_many_gradients_at_once(layout):
+    torch.manual_seed(2)
+    net = SCOATNet(width=8).to(memory_format=layout).eval()
+    y = net(torch.rand(2, 1, 33, 48))
+    given = torch.randn(2, *y.shape)
+    together = torch.autograd.grad(y, list(net.parameters()), given, is_grads_batched=True, retain_graph=True)
+    for k in range(2):
+        alone = torch.autograd.grad(y, list(net.parameters()), given[k], retain_graph=True)
+        largest = max(grad.abs().max() for grad in alone)
+        for many, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(many[k], one, rtol=1e-3, atol=1e-5 * largest.item())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_transforms_of_torch_func(layout):
     """Gradients, those of each sample, an ensemble, and a derivative forwards."""
     torch.manual_seed(3)
