@@ -202,6 +202,7 @@ def initialize(module: nn.Module) -> None:
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:  # [N, C, H, W] -> [N, C, H', W']
     """Repeats the last row and column until height and width are multiples of ``multiple``."""
     height, width = x.shape[-2:]
-    bottom, right = -height % multiple, -width % multiple
+    # of what is not negative: torch.compile has no bounds for -height % multiple where sizes change
+    bottom, right = ((size + multiple - 1) // multiple * multiple - size for size in (height, width))
     wanted = torch.jit.is_tracing() or bottom or right  # a trace is for any size
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if wanted else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.utils import prune
 
 from scoat_fast import SCOATNet
 from scoat_fast.bench.eager import EagerSCOATNet
-from scoat_fast.layers import ChannelAttention, norm_relu
+from scoat_fast.layers import ChannelAttention, norm_relu, pad_to_multiple
 
 
 def by_stock(norm, x, residual=None):
@@ -154,6 +155,20 @@ def test_layers_of_excitation_that_are_replaced_or_hooked_are_called(known):
     torch.testing.assert_close(ours(x, means), expected())
     ours.fc = nn.Sequential(nn.Linear(32, 32), nn.Sigmoid()).double()
     torch.testing.assert_close(ours(x, means), expected())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
+def test_padding_compiles_for_sizes_that_change():
+    def padded(x):
+        return F.relu(pad_to_multiple(x, 16))[..., : x.shape[2], : x.shape[3]]
+
+    torch.compiler.reset()
+    compiled = torch.compile(padded, fullgraph=True)
+    for shape in ((2, 1, 33, 20), (1, 1, 32, 48), (3, 1, 17, 40)):
+        x = torch.randn(shape, requires_grad=True)
+        torch.testing.assert_close(compiled(x), x.relu())
+        compiled(x).sum().backward()
+        torch.testing.assert_close(x.grad, (x > 0).float())
 
 
 def test_a_normalisation_without_bias():
