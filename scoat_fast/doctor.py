@@ -13,7 +13,7 @@ import torch
 from . import __version__, ops, winograd
 from .engine import runner
 from .errors import ScoatFastError
-from .files import make_folder, write_text
+from .files import check_output, make_folder, write_text
 from .info import version_of
 from .model import SCOATNet
 from .ops import _verdict, parity
@@ -183,6 +183,8 @@ def driver_version() -> str | None:
 
 def run(device: str, json_file: Path | None, quiet: bool = False) -> bool:
     """Examines, prints and judges; true if every kernel that runs here is within its bounds."""
+    if json_file is not None:
+        check_output(json_file)
     facts, findings = machine_facts(device), diagnose(device)
     off = judge(findings, device)
     if json_file is not None:

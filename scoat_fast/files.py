@@ -154,6 +154,17 @@ def is_file(path: str | Path) -> bool:
         return True  # a link to nothing, say; whoever reads it names the reason
 
 
+def check_output(path: Path) -> None:
+    """Raises OutputError, before the work is done, where a file could not be written after it."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+
+
 def make_folder(path: Path) -> Path:
     """Makes a folder and its parents. Raises OutputError."""
     try:

@@ -21,7 +21,7 @@ from scoat_fast.bench.chart import draw
 from scoat_fast.bench.chart import table as table_of
 from scoat_fast.bench.ops import Plan, passed, run
 from scoat_fast.cli import EXIT_FAILED_CASES, EXIT_OK, EXIT_USAGE, main
-from scoat_fast.errors import BadInputError, OutputError, ScoatFastError
+from scoat_fast.errors import BadInputError, ScoatFastError
 from scoat_fast.ops._samples import Maker, Sample
 
 BY_NAME = {op.name: op for op in ops.ALL}
@@ -163,10 +163,23 @@ def test_implementations_of_another_device_are_refused():
         run(plan(implementations=("triton",)))
 
 
-def test_an_output_that_cannot_be_written_shows_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["ops", "model", "train", "cohort no.nii"])
+def test_an_output_that_cannot_be_written_shows_at_once(tmp_path, monkeypatch, capsys, what):
     monkeypatch.setattr(clock, "COPIED", {})
-    with pytest.raises(OutputError):
-        run(plan(), output=tmp_path / "missing" / "ops.json")
+    monkeypatch.setattr(bench_train, "SCOATNet", None)
+    monkeypatch.setattr(cohort_bench, "Segmenter", None)
+    output = tmp_path / "missing" / "out.json"
+    assert main(["bench", *what.split(), "--device", "cpu", "-o", str(output)]) == EXIT_USAGE
+    assert "out.json: cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "x"])
+@pytest.mark.parametrize("what", ["ops", "cohort no.nii"])
+def test_seconds_that_are_none_are_refused(capsys, what, seconds):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *what.split(), "--device", "cpu", "--seconds", seconds])
+    assert stop.value.code == EXIT_USAGE
+    assert f"argument --seconds: a number of seconds is wanted, got '{seconds}'" in capsys.readouterr().err
 
 
 @needs_kernels
@@ -301,6 +314,16 @@ def test_steps_of_training_are_checked_before_they_are_timed(tmp_path, monkeypat
     assert all("its gradient's error" in row["reason"] and row["losses"] is None for row in rows)
 
 
+def test_a_batch_without_an_exact_gradient_costs_no_other(capsys):
+    batches, steps = (1, 2), 1
+    rows = bench_train.run(torch.device("cpu"), (4,), batches, size=16, steps=steps, seconds=0.0)["rows"]
+    assert [row["batch"] for row in rows] == [1] * 4 + [2] * 4
+    assert all(row["reason"].startswith("ValueError: Expected more than 1 value per channel") for row in rows[:4])
+    assert all(row["ms_per_step"] is row["ratio_to_eager"] is None for row in rows[:4])
+    assert all(row["error"] > 0 for row in rows[4:])
+    assert "no time: ValueError: Expected more than 1 value" in capsys.readouterr().out
+
+
 def test_discs_are_there_to_be_found():
     images, masks = bench_train.slices(6, 64)
     assert images.shape == masks.shape == (6, 1, 64, 64) and images.min() >= 0 and images.max() <= 1
@@ -333,6 +356,12 @@ def test_a_chart_wants_results(tmp_path):
         draw(tmp_path / "ops.json", tmp_path / "ops.png")
     with pytest.raises(BadInputError):
         draw(tmp_path / "missing.json", tmp_path / "ops.png")
+    (tmp_path / "ops.json").write_text('{"rows": []}')
+    with pytest.raises(BadInputError, match="ratio to eager, got none"):
+        draw(tmp_path / "ops.json", tmp_path / "ops.png")
+    (tmp_path / "ops.json").write_text('{"rows": [{"share_of_engine": 0.9, "slices_per_s": 3.0}]}')
+    with pytest.raises(BadInputError, match=r"ops\.json: wanted results of scoat-fast bench ops, model or train$"):
+        draw(tmp_path / "ops.json", tmp_path / "ops.png")
 
 
 @pytest.mark.parametrize("results", [results_file, model_results])

@@ -115,6 +115,12 @@ def test_a_verdict_that_cannot_be_written_is_an_error(monkeypatch, capsys, tmp_p
     assert "cache" in capsys.readouterr().err
 
 
+def test_a_page_that_cannot_be_written_costs_no_work(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(doctor, "diagnose", None)
+    assert examine("--json", str(tmp_path / "no" / "found.json")) == EXIT_USAGE
+    assert "found.json: cannot be written: No such file" in capsys.readouterr().err
+
+
 def test_a_switched_off_kernel_is_not_examined(monkeypatch, capsys):
     monkeypatch.setenv("SCOAT_FAST_DISABLE", "upsample.cpu")
     assert examine() == EXIT_OK

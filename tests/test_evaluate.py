@@ -149,7 +149,16 @@ def test_the_example_is_what_validation_says(tmp_path, capsys):
     assert 0.5 < case["DSC"] < 1 and 0 < case["RLP"] <= 1
 
 
-@pytest.mark.parametrize("options", [("--figure", "out.jpg"), ("--figure", "nowhere/out.png")])
-def test_figures_that_cannot_be_written(masks, tmp_path, capsys, options):
-    assert run("evaluate", *masks, options[0], tmp_path / options[1], "--quiet") == EXIT_USAGE
-    assert Path(options[1]).name in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "name", "reason"),
+    [
+        ("--figure", "out.jpg", ".png, .pdf, .svg is wanted, got 'out.jpg'"),
+        ("--figure", "nowhere/out.png", "out.png: cannot be written: No such file"),
+        ("--json", "nowhere/out.json", "out.json: cannot be written: No such file"),
+        ("--csv", "found", "found: cannot be written: Is a directory"),
+    ],
+)
+def test_outputs_that_cannot_be_written_cost_no_work(masks, tmp_path, capsys, monkeypatch, option, name, reason):
+    monkeypatch.setattr("scoat_fast.study.evaluate._pairs", None)
+    assert run("evaluate", *masks, option, tmp_path / name, "--quiet") == EXIT_USAGE
+    assert reason in capsys.readouterr().err

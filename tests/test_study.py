@@ -259,6 +259,13 @@ def test_figures_of_a_study(data, studied, tmp_path, capsys):
     assert not (tmp_path / "no.png").exists()
 
 
+@pytest.mark.parametrize("cases", [{"a": 1}, {"a": {"DSC": "x"}}, []])
+def test_figure_three_names_a_file_that_is_no_result(cases, tmp_path, capsys):
+    (tmp_path / "j.json").write_text(json.dumps({"cases": cases}))
+    assert run("figure", "3", tmp_path / "j.json", "-o", tmp_path / "3.png") == EXIT_USAGE
+    assert "j.json: neither what evaluate --json wrote nor a study.json" in capsys.readouterr().err
+
+
 def test_figure_six_of_the_example(tmp_path, capsys):
     example = Path(__file__).parents[1] / "examples" / "ct.nii.gz"
     for visit in ("a", "b"):

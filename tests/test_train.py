@@ -621,6 +621,24 @@ def test_validate_command(data, weights, tmp_path, capsys):
     assert "cannot be called 'total'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("patient", ["../p1", "p/1"])
+def test_sheets_want_patients_that_can_be_names_of_files(data, weights, tmp_path, capsys, monkeypatch, patient):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "index.csv").write_text((data / "index.csv").read_text().replace(",p1,", f",{patient},"))
+    arguments = ["validate", str(folder), "--weights", str(weights), "--patients", patient, "--quiet"]
+    assert main(arguments) == EXIT_OK
+    monkeypatch.setattr(Segmenter, "mask", None)
+    assert main([*arguments, "--overlays", str(tmp_path / "sheets")]) == EXIT_USAGE
+    assert f"patient {patient!r}: a name is wanted that can be the name of a file" in capsys.readouterr().err
+
+
+def test_scores_that_cannot_be_written_cost_no_work(data, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Segmenter, "mask", None)
+    arguments = ["validate", str(data), "--weights", str(weights), "--patients", "p1"]
+    assert main([*arguments, "--json", str(tmp_path / "no" / "scores.json")]) == EXIT_USAGE
+    assert "scores.json: cannot be written: No such file" in capsys.readouterr().err
+
+
 # Prepare
 
 

@@ -22,6 +22,8 @@ def draw(results: str | Path, output: str | Path) -> None:
         ScoatFastError: without matplotlib; BadInputError for the file of results, OutputError for the chart.
     """
     result = _read(Path(results))
+    if _is_cohort(result):
+        raise BadInputError(results, "wanted results of scoat-fast bench ops, model or train")
     try:
         import matplotlib
     except ImportError as error:
@@ -90,8 +92,7 @@ def _read(path: Path) -> dict:
     """Results with at least one number to show."""
     try:
         result = json.loads(path.read_text())
-        by_row = _is_model(result) or _is_train(result)
-        drawn = result["rows"] if _is_cohort(result) else _timed(result) if by_row else _drawn_ops(result)
+        drawn = result["rows"] and _shown(result)
     except OSError as error:
         raise BadInputError(path, error.strerror or str(error)) from error
     except (ValueError, LookupError, TypeError) as error:
@@ -99,6 +100,12 @@ def _read(path: Path) -> dict:
     if not drawn:
         raise BadInputError(path, "wanted results with a ratio to eager, got none")
     return result
+
+
+def _shown(result: dict) -> list[dict]:
+    if _is_cohort(result):
+        return result["rows"]
+    return _timed(result) if _is_model(result) or _is_train(result) else _drawn_ops(result)
 
 
 def _is_cohort(result: dict) -> bool:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import BadInputError, ScoatFastError
+from ..files import check_output
 from ..imaging.grid import from_square, to_square
 from ..imaging.nifti import read_nifti, stem
 from ..imaging.volume import Turn
@@ -69,6 +70,8 @@ def run(
         that the engine stood still for), ``peak_mib`` and ``mib_per_100_cases`` of the last round (how the memory
         grows; null in rounds of fewer than a hundred).
     """
+    if output is not None:
+        check_output(output)
     segmenter = Segmenter(weights, device)
     where = segmenter.stream.device
     engine, cohort, host, loop, memory = _Pace(), _Pace(), _Pace(), _Pace(), _Memory()

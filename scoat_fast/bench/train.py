@@ -26,6 +26,7 @@ from .memory import peak_bytes
 BOUND = {torch.float32: 5e-2, torch.bfloat16: 0.5}
 CURVE_BOUND = 0.1  # of the first loss: how far the curves of losses may lie apart
 LEARNING_RATE = 1e-3
+MEASURED = ("ms_per_step", "images_per_s", "peak_mib", "error", "curve_gap", "losses", "reason")
 CHECKED = 4  # images, of which a gradient in float64 fits where a batch in float32 does
 COLUMNS = (
     f"{'name':36}{'width':>6}{'batch':>6}{'ms a step':>11}{'images/s':>10}{'x eager':>9}{'peak MiB':>10}{'error':>9}"
@@ -79,19 +80,29 @@ def run(
         them on a GPU. Numbers are null where ``reason`` is not.
     """
     result = {**facts(device, commit), "rows": []}
+    if output is not None:
+        save(output, result)  # an output that cannot be written shows now
     print(COLUMNS)
     for width in widths:
         for batch in batches:
             torch.manual_seed(0)
             start = SCOATNet(width=width)
-            images, masks = (t.to(device) for t in slices(batch * 4, size))
-            baseline = baseline_of(start).double().to(device).train()
-            exact = _gradient(baseline, _checked(images, batch).double(), _checked(masks, batch))
+            failed: str | None = None
+            try:
+                images, masks = (t.to(device) for t in slices(batch * 4, size))
+                baseline = baseline_of(start).double().to(device).train()
+                exact = _gradient(baseline, _checked(images, batch).double(), _checked(masks, batch))
+            except Exception as failure:  # without what to check against there is no number
+                failed = _reason(failure)
             first: dict | None = None
             for trainee in trainees(device, compile):
                 row = {"name": trainee.name, "width": width, "batch": batch, "size": size}
                 row |= {"dtype": str(trainee.dtype)[6:]}
-                row |= measure(trainee, start, images, masks, batch, exact, first and first["losses"], steps, seconds)
+                if failed is None:
+                    curve = first and first["losses"]
+                    row |= measure(trainee, start, images, masks, batch, exact, curve, steps, seconds)
+                else:
+                    row |= dict.fromkeys(MEASURED) | {"reason": failed}
                 first = first or row
                 both = row["ms_per_step"] is not None and first["ms_per_step"] is not None
                 row["ratio_to_eager"] = first["ms_per_step"] / row["ms_per_step"] if both else None
@@ -114,7 +125,7 @@ def measure(
     seconds: float,
 ) -> dict:
     """Checks, then times. ``exact``: the gradient of the first images; ``curve``: the losses to keep to."""
-    row: dict = dict.fromkeys(("ms_per_step", "images_per_s", "peak_mib", "error", "curve_gap", "losses", "reason"))
+    row: dict = dict.fromkeys(MEASURED)
     try:
         if images.is_cuda:
             torch.cuda.empty_cache()  # of the trainee before
@@ -138,8 +149,12 @@ def measure(
         row["ms_per_step"] = median_ms(lambda: step(*batches[0], wait=False), images.device, seconds)
         row["images_per_s"] = 1000 * batch / row["ms_per_step"]
     except Exception as failure:  # out of memory, say: the other rows keep their numbers
-        row["reason"] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+        row["reason"] = _reason(failure)
     return row
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
 
 
 def slices(count: int, size: int) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def duration(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number of seconds is wanted, got {text!r}")
+    return found
+
+
 def size(text: str) -> int:
     if not (text.isdecimal() and 16 <= int(text) <= 4096):
         raise argparse.ArgumentTypeError(f"a number within 16 to 4096 is wanted, got {text!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import EXIT_CODES, EXIT_FAILED_CASES, EXIT_OK, OPERATIONS, one_or_both, path, positive, size
+from .arguments import EXIT_CODES, EXIT_FAILED_CASES, EXIT_OK, OPERATIONS, duration, one_or_both, path, positive, size
 
 
 def add_bench(commands) -> None:
@@ -170,7 +170,7 @@ def _add_cohort(benches) -> None:
     command.add_argument("--threads", type=positive, metavar="N", help="as for segment")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
     command.add_argument(
-        "--seconds", type=float, default=3.0, metavar="S", help="for the engine (default: %(default)s)"
+        "--seconds", type=duration, default=3.0, metavar="S", help="for the engine (default: %(default)s)"
     )
     command.add_argument("--commit", default="", help="what is measured, where there is no git")
     command.add_argument("-o", "--output", type=path, metavar="FILE", help="also write the numbers here, as JSON")
@@ -222,7 +222,7 @@ def _add_shapes(command: argparse.ArgumentParser) -> None:
 def _add_measuring(command: argparse.ArgumentParser, seconds: float) -> None:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     command.add_argument(
-        "--seconds", type=float, default=seconds, metavar="S", help="for each row (default: %(default)s)"
+        "--seconds", type=duration, default=seconds, metavar="S", help="for each row (default: %(default)s)"
     )
     command.add_argument("--commit", default="", help="what is measured, where there is no git")
     command.add_argument("-o", "--output", type=path, metavar="FILE", help="also write the numbers here, as JSON")

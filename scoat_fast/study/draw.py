@@ -18,6 +18,7 @@ from ..model import SCOATNet
 from ..report.followup import cuts, read_visits
 from ..train.data import Slice, read_index
 from .figures import attention, box_plot, contours, over_time
+from .metrics import METRICS
 from .tables import TITLES
 
 MAPS = ("x11", "x22", "x13")  # from the early stage to the late one, as in the paper
@@ -37,7 +38,10 @@ def figure3(results: Path, network: str, loss: str, output: Path) -> None:
             if (run["network"], run["loss"]) == (network, loss)
             for patient, row in run["patients"].items()
         }
-        cases = of_study if runs else found["cases"]
+        cases = {
+            case: {name: None if row.get(name) is None else float(row[name]) for name in METRICS}
+            for case, row in (of_study if runs else found["cases"]).items()
+        }
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise BadInputError(results, f"neither what evaluate --json wrote nor a study.json: {error}") from error
     if not cases:

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..errors import BadInputError, ScoatFastError, one_line
-from ..files import write_csv, write_text
+from ..files import check_output, write_csv, write_text
 from ..imaging.nifti import SUFFIXES, read_nifti, stem
 from ..imaging.pictures import read_mask
 from ..imaging.volume import Turn, check_mask, mask_on_grid
-from .figures import box_plot
+from .figures import box_plot, check_figure
 from .metrics import METRICS, Counts, count, scores
 
 MASK = "_mask"  # what segment adds to the name of a case
@@ -51,6 +51,10 @@ def evaluate(predicted: Path, truth: Path, rules: Rules, outputs: Outputs, quiet
 
     A case that lacks one of its masks, or whose masks lie on different grids, is named on stderr and left out.
     """
+    for path in filter(None, (outputs.json, outputs.csv, outputs.figure)):
+        check_output(path)
+    if outputs.figure:
+        check_figure(outputs.figure)
     pairs, errors = _pairs(predicted, truth)
     cases: dict[str, dict] = {}
     counts = Counts()

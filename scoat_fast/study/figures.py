@@ -110,16 +110,23 @@ def _grid(path: Path, rows: int, columns: int):
     return figure.subplots(rows, columns, squeeze=False, gridspec_kw={"hspace": 0.03, "wspace": 0.03}), write
 
 
-def _figure(path: Path, size: tuple[float, float]):
-    """An empty figure of ``size`` in inches, and what writes it. Raises ScoatFastError."""
+def check_figure(path: Path) -> None:
+    """Raises ScoatFastError without matplotlib, or for a file of another kind than ``KINDS``."""
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ScoatFastError("figures need matplotlib: pip install 'scoat-fast[study]'") from error
-    kind = path.suffix.lower()
-    if kind not in KINDS:
+    if path.suffix.lower() not in KINDS:
         raise ScoatFastError(f"a figure that ends in {', '.join(KINDS)} is wanted, got {path.name!r}")
+
+
+def _figure(path: Path, size: tuple[float, float]):
+    """An empty figure of ``size`` in inches, and what writes it. Raises ScoatFastError."""
+    check_figure(path)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    kind = path.suffix.lower()
     figure = Figure(size, dpi=150)
     undated = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 

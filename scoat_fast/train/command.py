@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ScoatFastError
-from ..files import make_folder, write_text
+from ..files import check_output, make_folder, write_text
 
 SMALLEST = 16  # the side of slices that are one pixel on the network's lowest level
 
@@ -69,6 +69,8 @@ def validate(args: argparse.Namespace) -> int:
     from ..segmentation.inference import Segmenter
 
     overlays = make_folder(args.overlays) if args.overlays else None
+    if args.json:
+        check_output(args.json)
     _validate(Segmenter(args.weights, args.device), args.data, args.patients, args.json, args.quiet, overlays)
     return 0
 

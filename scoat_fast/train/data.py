@@ -85,9 +85,14 @@ def _slice(index: Path, folder: Path, row: dict[str, str]) -> Slice:
         if not path.is_file():
             raise BadInputError(index, f"slice {row['id']}: its {column} {row[column]!r} is not there")
         paths.append(path)
-    if Path(row["id"]).name != row["id"]:
+    if not can_name_a_file(row["id"]):
         raise BadInputError(index, f"slice {row['id']!r}: an id is wanted that can be the name of a file")
     return Slice(row["id"], (row["patient"] or "").strip(), *paths, window)
+
+
+def can_name_a_file(text: str) -> bool:
+    """Without leading out of the file's folder."""
+    return Path(text).name == text
 
 
 def data_digest(folder: str | Path, slices: Sequence[Slice]) -> str:

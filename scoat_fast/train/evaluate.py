@@ -14,7 +14,7 @@ from ..files import write_atomically
 from ..imaging.grid import SQUARE_PIXELS
 from ..segmentation.inference import Segmenter
 from ..segmentation.overlay import contact_sheet
-from .data import Slice
+from .data import Slice, can_name_a_file
 
 TOTAL = "total"
 
@@ -27,11 +27,15 @@ def evaluate(
     Slices go the way of ``scoat-fast segment``: resized to the network's size, back to their own grid, thresholded
     there. Ratios whose denominator is empty are None. "volume ratio" is predicted to true opacity, "false alarms"
     counts slices without opacity in which some was found. With ``overlays``, a contact sheet of each patient goes
-    into that folder: the masks in red, what was found in cyan. Raises ScoatFastError for a patient called "total".
+    into that folder: the masks in red, what was found in cyan. Raises ScoatFastError for a patient called "total", and
+    with ``overlays`` for one whose name cannot be that of a file.
     """
     patients = sorted({slice.patient for slice in slices})
     if TOTAL in patients:
         raise ScoatFastError(f"a patient cannot be called {TOTAL!r}, which is the row of all of them")
+    unfit = [patient for patient in patients if overlays is not None and not can_name_a_file(patient)]
+    if unfit:
+        raise ScoatFastError(f"patient {unfit[0]!r}: a name is wanted that can be the name of a file")
     counts: dict[str, np.ndarray] = {}
     with tqdm(slices, "validating", unit="slice", leave=False, disable=True if quiet else None) as bar:
         for patient in patients:
