@@ -149,6 +149,16 @@ def test_the_example_is_what_validation_says(tmp_path, capsys):
     assert 0.5 < case["DSC"] < 1 and 0 < case["RLP"] <= 1
 
 
+def test_masks_of_a_run_that_was_stopped_are_left_out(masks, capsys):
+    claim = {"case": "a", "scoat_fast": "0.1.0", "unfinished": True}
+    (masks[0] / "a.json").write_text(json.dumps(claim))
+    assert run("evaluate", *masks, "--quiet") == EXIT_FAILED_CASES
+    said = capsys.readouterr()
+    assert "a_mask.nii.gz: a run was stopped before all results were there" in said.err and "| b |" in said.out
+    (masks[0] / "a.json").write_text(json.dumps(claim | {"unfinished": False}))
+    assert run("evaluate", *masks, "--quiet") == EXIT_OK
+
+
 @pytest.mark.parametrize(
     ("option", "name", "reason"),
     [

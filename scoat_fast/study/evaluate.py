@@ -17,6 +17,7 @@ from ..files import check_output, write_csv, write_text
 from ..imaging.nifti import SUFFIXES, read_nifti, stem
 from ..imaging.pictures import read_mask
 from ..imaging.volume import Turn, check_mask, mask_on_grid
+from ..segmentation.cases import is_report
 from .figures import box_plot, check_figure
 from .metrics import METRICS, Counts, count, scores
 
@@ -110,6 +111,9 @@ def table(rows: Sequence[tuple[str, dict]]) -> str:
 
 def _evaluate(predicted: Path, truth: Path, rules: Rules) -> tuple[dict[str, float | None], Counts]:
     """The numbers of a case, and its counts in 2-D."""
+    report = predicted.with_name(f"{_case(predicted)}.json")
+    if is_report(report) and json.loads(report.read_bytes()).get("unfinished"):
+        raise BadInputError(predicted, "a run was stopped before all results were there; segment the case again")
     if _is_nifti(predicted) != _is_nifti(truth):
         raise BadInputError(predicted, f"two volumes or two pictures are wanted, got a truth named {truth.name}")
     if not _is_nifti(predicted):
