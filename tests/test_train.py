@@ -632,6 +632,17 @@ def test_sheets_want_patients_that_can_be_names_of_files(data, weights, tmp_path
     assert f"patient {patient!r}: a name is wanted that can be the name of a file" in capsys.readouterr().err
 
 
+def test_a_patient_whose_name_has_a_comma(data, weights, tmp_path, capsys):
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "index.csv").write_text((data / "index.csv").read_text().replace(",p1,", ',"Doe, J",'))
+    arguments = ["validate", str(folder), "--weights", str(weights), "--quiet", "--patients"]
+    assert main([*arguments, 'p2, "Doe, J"']) == EXIT_OK
+    assert "| Doe, J |" in capsys.readouterr().out
+    for nobody in ("", ",", "\n"):
+        with pytest.raises(SystemExit):
+            main([*arguments, nobody])
+
+
 def test_scores_that_cannot_be_written_cost_no_work(data, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Segmenter, "mask", None)
     arguments = ["validate", str(data), "--weights", str(weights), "--patients", "p1"]

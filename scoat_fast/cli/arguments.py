@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 from pathlib import Path
 
 LOSSES = ("mae", "iou", "bce", "dice", "focal", "bce-dice", "bce-dice-literal")
@@ -13,9 +14,14 @@ folder); 3 some cases failed, the others are done; 130 interrupted"""
 
 
 def names(text: str) -> tuple[str, ...]:
-    found = tuple(name for name in text.split(",") if name)
+    try:
+        found = tuple(filter(None, next(csv.reader([text], skipinitialspace=True), ())))
+    except csv.Error:
+        found = ()
     if not found:
-        raise argparse.ArgumentTypeError(f"names with commas between them are wanted, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"names with commas between them are wanted, in double quotes where one has a comma, got {text!r}"
+        )
     return found
 
 
