@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "segmentation": {"engine", "errors", "files", "imaging", "model"},
     "report": {"errors", "files", "imaging", "segmentation"},
     "train": {"errors", "files", "imaging", "layers", "model", "pretrained", "segmentation", "winograd"},
-    "study": {"errors", "files", "imaging", "layers", "model", "ops", "report", "train"},
+    "study": {"errors", "files", "imaging", "layers", "model", "ops", "report", "segmentation", "train"},
     "weights": set(),
     "nnunet": set(),
     "info": {"weights"},
