@@ -129,4 +129,4 @@ def _stock(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool, wanted: list[bool]
 
 def _is_batched(dy: Tensor) -> bool:
     """Whether a gradient stands for many (``is_grads_batched``), which standard operators alone can take."""
-    return torch._C._functorch.is_legacy_batchedtensor(dy)
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)

@@ -76,8 +76,9 @@ def give_what_is_asked_for(module, monkeypatch) -> None:
     allow.argtypes = ctypes.c_void_p, ctypes.c_size_t
 
     def data_ptr(x):
-        last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
-        allow(address(x), (last + 1) * x.itemsize if x.numel() else 0)
+        if x.numel():
+            last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+            allow(address(x), (last + 1) * x.itemsize)
         return address(x)
 
     allow(None, 0)
@@ -110,16 +111,20 @@ def faults(tmp_path_factory):
     ("a wait for products", "copies for barrier 0 of block 0 writes .* products of warp . of block 0 read at the same"),
     ("a barrier of all", "thread .* shared memory at .* thread .* at the same time"),
     ("somebody at a barrier", "all threads wait"),
+    ("a fence before products", "products without a fence before them"),
+    ("the last bytes", "uses shared memory that it was not given"),
+    ("a barrier's place", "thread 0 of block 0 uses shared memory at 8192, where a barrier lies"),
     ("a value", "products of warp . of block 0 reads shared memory at .* which nobody wrote"),
     ("the end", "thread 127 of block 0 writes memory that it was not given"),
     ("a vector's beginning", "a vector that does not begin at its size"),
     ("a place for each block", "thread .* of block 1 writes memory at .* thread .* of block 0 wrote at the same time"),
 ])  # fmt: skip
 def test_the_emulation_sees_what_is_left_out(without, said, faults):
-    faults.run_without("nothing")
-    with pytest.raises(RuntimeError, match=said):
-        faults.run_without(without)
-    faults.run_without("nothing")
+    for blocks in (2, 1, 1) if "block 1" not in said else (2,):
+        faults.run_without("nothing", blocks)
+        with pytest.raises(RuntimeError, match=said):
+            faults.run_without(without, blocks)
+        faults.run_without("nothing", blocks)
 
 
 needs_nvcc = pytest.mark.skipif(NVCC is None or disassembler() is None, reason="needs nvcc and cuobjdump")

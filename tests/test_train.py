@@ -638,7 +638,7 @@ def test_a_patient_whose_name_has_a_comma(data, weights, tmp_path, capsys):
     arguments = ["validate", str(folder), "--weights", str(weights), "--quiet", "--patients"]
     assert main([*arguments, 'p2, "Doe, J"']) == EXIT_OK
     assert "| Doe, J |" in capsys.readouterr().out
-    for nobody in ("", ",", "\n"):
+    for nobody in ("", ",", "\n", '"Doe, J'):
         with pytest.raises(SystemExit):
             main([*arguments, nobody])
 

@@ -18,6 +18,7 @@ from ..engine.cost import cost
 from ..engine.layout import FLOAT8, has_float8
 from ..engine.plan import Convolve, build, summary
 from ..engine.runner import MASK_DICE, dice
+from ..files import check_output
 from ..model import SCOATNet
 from .contenders import HALVES, Contender, baseline_of, contenders, engine_for, gpu_backends
 from .machine import facts, save
@@ -53,14 +54,13 @@ def run(
         of a direct convolution: Winograd's algorithm may be faster. With ``details`` also ``steps``, the engine's steps
         one by one, and ``convolutions``, what PyTorch's own reach at the network's shapes.
     """
-    result = {**facts(device, commit), "copy_gb_per_s": None, "matrix_tflop_per_s": {}}
-    result |= {"steps": [], "convolutions": [], "rows": []}
     if output is not None:
-        save(output, result)  # an output that cannot be written shows now
-    result["copy_gb_per_s"] = copy_gb_per_s(device, 0.5)
+        check_output(output)
+    result = {**facts(device, commit), "copy_gb_per_s": copy_gb_per_s(device, 0.5)}
     dtypes = (torch.float32, *HALVES) if device.type == "cuda" else (torch.float32,)
     dtypes += (FLOAT8,) if has_float8(device) else ()
     result["matrix_tflop_per_s"] = {str(dtype)[6:]: matrix_tflop_per_s(device, dtype, 0.5) for dtype in dtypes}
+    result |= {"steps": [], "convolutions": [], "rows": []}
 
     def keep(part: str, row: dict, text: str) -> None:
         result[part].append(row)

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..clock import copy_gb_per_s, median_ms
 from ..errors import ScoatFastError
+from ..files import check_output
 from ..ops._samples import Sample
 from . import check, table
 from .calls import DIRECTIONS, IMPLEMENTATIONS, call_of, gradients_of_outputs, minimal_bytes, refusal
@@ -83,10 +84,10 @@ def run(plan: Plan, commit: str = "", output: Path | None = None) -> dict:
         ScoatFastError: for an implementation that the device does not have, OutputError for the file.
     """
     implementations = plan.chosen_implementations()
-    result = {**facts(plan.device, commit), "copy_gb_per_s": None, "left_out": {}, "rows": []}
     if output is not None:
-        save(output, result)  # an output that cannot be written shows now
-    result["copy_gb_per_s"] = copy_gb_per_s(plan.device, plan.seconds)
+        check_output(output)
+    copied = copy_gb_per_s(plan.device, plan.seconds)
+    result = {**facts(plan.device, commit), "copy_gb_per_s": copied, "left_out": {}, "rows": []}
     print(table.head(result))
     for op, sample, about in plan.cases():
         able = []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..clock import median_ms
+from ..files import check_output
 from ..model import SCOATNet
 from ..train.losses import hybrid_loss
 from .contenders import baseline_of
@@ -79,9 +80,9 @@ def run(
         steps; the ratio is to eager float32; the peak is that of a step, beside weights and optimizer on a CPU and with
         them on a GPU. Numbers are null where ``reason`` is not.
     """
-    result = {**facts(device, commit), "rows": []}
     if output is not None:
-        save(output, result)  # an output that cannot be written shows now
+        check_output(output)
+    result = {**facts(device, commit), "rows": []}
     print(COLUMNS)
     for width in widths:
         for batch in batches:

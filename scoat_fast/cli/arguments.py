@@ -15,7 +15,7 @@ folder); 3 some cases failed, the others are done; 130 interrupted"""
 
 def names(text: str) -> tuple[str, ...]:
     try:
-        found = tuple(filter(None, next(csv.reader([text], skipinitialspace=True), ())))
+        found = tuple(filter(None, next(csv.reader([text], skipinitialspace=True, strict=True), ())))
     except csv.Error:
         found = ()
     if not found:

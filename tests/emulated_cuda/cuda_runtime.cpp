@@ -25,7 +25,8 @@ struct Thread {
 
 // Some threads that wait for each other, and what they tell each other.
 struct Meeting {
-  unsigned arrived = 0, number = 0;
+  unsigned arrived = 0, number = 0, size = 0;
+  bool converges = false;
   Clock gathered, told;
 };
 
@@ -72,13 +73,16 @@ void give_way() { swapcontext(&threads[current].context, &scheduler); }
 void meet(int name, unsigned size, Meets how) {
   Meeting& meeting = meetings[name];
   const unsigned number = meeting.number;
-  if (how != Meets::converges) {
+  const bool converges = how == Meets::converges;
+  if (meeting.arrived == 0) meeting.size = size, meeting.converges = converges;
+  if (meeting.size != size || meeting.converges != converges) fail("threads meet for different reasons");
+  if (!converges) {
     meeting.gathered.join(races.clocks[current]);
     races.tick(current);
   }
   if (++meeting.arrived == size) {
     meeting.arrived = 0, ++meeting.number;
-    if (how != Meets::converges) meeting.told = std::exchange(meeting.gathered, {});
+    if (!converges) meeting.told = std::exchange(meeting.gathered, {});
     progress();
   }
   if (how == Meets::announces) return;
@@ -95,7 +99,7 @@ uint32_t shuffled(unsigned mask, uint32_t value, unsigned other) {
   return given[current / 32 * 32 + other];
 }
 
-void run(unsigned blocks, dim3 block, const void* kernel_, void (*call_)(const void* kernel)) {
+void run(unsigned blocks, dim3 block, size_t shared_bytes, const void* kernel_, void (*call_)(const void* kernel)) {
   const unsigned size = block.x * block.y * block.z;
   std::minstd_rand dice(size);
   kernel = kernel_, call = call_;
@@ -103,7 +107,7 @@ void run(unsigned blocks, dim3 block, const void* kernel_, void (*call_)(const v
   blockDim = block;
   threads.resize(size);
   for (auto& slot : slots) slot.assign(size, 0);
-  races.begin_launch();
+  races.begin_launch(shared_bytes);
   for (unsigned b = 0; b < blocks; ++b) {
     blockIdx = dim3(b);
     meetings.clear(), failure.clear();

@@ -46,12 +46,12 @@ namespace emulated {
 
 inline unsigned current;  // thread of the block
 
-// Runs a kernel, which lies on the host's stack as its arguments do. Raises what failed.
-void run(unsigned blocks, dim3 block, const void* kernel, void (*call)(const void* kernel));
+// Runs a kernel, which lies on the host's stack as its arguments do, with so much shared memory. Raises what failed.
+void run(unsigned blocks, dim3 block, size_t shared_bytes, const void* kernel, void (*call)(const void* kernel));
 
 template <typename Kernel>
-void run(unsigned blocks, dim3 block, const Kernel& kernel) {
-  run(blocks, block, &kernel, [](const void* kernel) { (*static_cast<const Kernel*>(kernel))(); });
+void run(unsigned blocks, dim3 block, const Kernel& kernel, size_t shared_bytes = 0) {
+  run(blocks, block, shared_bytes, &kernel, [](const void* kernel) { (*static_cast<const Kernel*>(kernel))(); });
 }
 
 [[noreturn]] void fail(const std::string& what);

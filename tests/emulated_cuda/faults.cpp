@@ -48,7 +48,7 @@ void kernel(Parameters p) {
   float values[8] = {};
   for (int round = 0; round < ROUNDS; ++round) {
     if (!p.without("a wait for a full stage")) wait(full, round % 2);
-    products_begin();
+    if (!p.without("a fence before products")) products_begin();
     multiply<scoat::BFloat, 16>(values, uint64_t(128 / 16) << 32 | uint64_t(1024 / 16) << 16,
                                 uint64_t(BYTES / 16) | uint64_t(128 / 16) << 32 | uint64_t(256 / 16) << 16);
     products_commit();
@@ -60,6 +60,7 @@ void kernel(Parameters p) {
   if (p.without("somebody at a barrier") && lane == 0) return;
   const float other = __shfl_xor_sync(0xffffffffu, values[1], 1);
   const unsigned block = p.without("a place for each block") ? 0 : blockIdx.x;
+  if (p.without("a barrier's place") && thread == 0) weights[(8192 - BYTES) / 4] = 0;
   if (p.without("the end") && thread == 127) p.out[256] = 0;
   const uint4 vector = *reinterpret_cast<const uint4*>(p.from + (p.without("a vector's beginning") ? 8 : 0));
   p.out[128 * block + thread] = totals[127 - thread] + other + float(vector.x);
@@ -69,7 +70,7 @@ std::string missing;
 
 }  // namespace
 
-void run_without(const std::string& what) {
+void run_without(const std::string& what, int blocks) {
   missing = what;
   const std::vector<uint8_t> from(BYTES + 16);
   std::vector<float> out(256);
@@ -77,7 +78,7 @@ void run_without(const std::string& what) {
   emulated::races.allow(nullptr, 0);
   emulated::races.allow(from.data(), from.size());
   emulated::races.allow(out.data(), sizeof(float) * out.size());
-  launch(kernel, 2, THREADS, emulated::SHARED_BYTES, nullptr,
+  launch(kernel, blocks, THREADS, what == "the last bytes" ? 8192 : 8192 + 32, nullptr,
          Parameters{reinterpret_cast<const uint8_t*>(aligned), out.data(),
                     [](const char* what) { return missing == what; }});
 }

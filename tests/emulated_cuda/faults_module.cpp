@@ -3,6 +3,6 @@
 
 #include <string>
 
-void run_without(const std::string& what);
+void run_without(const std::string& what, int blocks);
 
 PYBIND11_MODULE(_faults, module) { module.def("run_without", run_without); }

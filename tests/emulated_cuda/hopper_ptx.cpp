@@ -1,7 +1,11 @@
 #include "hopper_ptx.h"
 
 #include <array>
+#include <deque>
+#include <functional>
 #include <map>
+#include <utility>
+#include <vector>
 
 using emulated::races;
 
@@ -17,14 +21,29 @@ struct Passed {
   emulated::Clock gathered, told;
 };
 std::map<const Barrier*, Passed> passed;
+uint64_t passed_in;  // which of all blocks
+
+// Products of a thread, which are made when it waits for them: who reads the registers before finds what was there.
+struct Products {
+  bool fenced = false;
+  std::deque<std::pair<uint32_t, std::function<void()>>> asked;  // by the group that they are in
+};
+std::vector<Products> products;
+uint64_t products_of;  // which of all blocks
+
+Products& own_products() {
+  if (products_of != races.blocks) products.assign(emulated::THREADS, {}), products_of = races.blocks;
+  return products[emulated::current];
+}
 
 emulated::Clock& known() { return races.clocks[emulated::current]; }
 
+bool is_known(const emulated::Access& past) { return past.moment <= known().seen[size_t(past.agent)]; }
+
 Passed& passed_by(const Barrier* barrier) {
   const auto found = passed.find(barrier);
-  if (found == passed.end()) emulated::fail("a barrier is used that there is not");
-  const emulated::Access& begun = found->second.begun;
-  if (!found->second.fenced || begun.block != int(blockIdx.x) || known().seen[size_t(begun.agent)] < begun.moment)
+  if (found == passed.end() || races.blocks != passed_in) emulated::fail("a barrier is used that there is not");
+  if (!found->second.fenced || !is_known(found->second.begun))
     emulated::fail("a barrier is used before its threads know of it");
   return found->second;
 }
@@ -86,15 +105,18 @@ uint32_t shared_address(const void* pointer) {
 
 void init(Barrier* barrier, int count) {
   const unsigned self = emulated::current;
-  if (!passed.empty() && passed.begin()->second.begun.block != int(blockIdx.x)) passed.clear();
+  if (races.blocks != passed_in) passed.clear(), passed_in = races.blocks;
   const int number = int(passed.size());
   if (number == emulated::BARRIERS) emulated::fail("more barriers than the clocks have");
+  if (passed.count(barrier)) emulated::fail("a barrier is initialised twice");
+  races.touch(barrier, sizeof(Barrier), true, int(self), known().seen[self], known());
+  races.reserve(barrier, sizeof(Barrier));
   *barrier = {count, count, 0, 0};
   passed[barrier] = {number, false, {int(blockIdx.x), int(self), known().seen[self]}, {}, {}};
 }
 
 void fence_init() {
-  for (auto& [barrier, found] : passed) found.fenced = true;
+  for (auto& [barrier, found] : passed) found.fenced = found.fenced || is_known(found.begun);
 }
 
 void arrive_expect(Barrier* barrier, int bytes) {
@@ -152,14 +174,24 @@ void copy_box(void* to, const CUtensorMap* map, Barrier* barrier, int c, int x, 
 
 void fence_async() { races.fence(emulated::current); }
 
-void products_commit() { ++races.products[emulated::current]; }
+void products_begin() {
+  emulated::meet(int(emulated::current / 32), 32, emulated::Meets::converges);
+  own_products().fenced = true;
+}
+
+void products_commit() {
+  ++races.products[emulated::current];
+  own_products().fenced = false;
+}
 
 void products_wait(int left) {
-  products_begin();  // the warp's threads come together there, too
   const unsigned self = emulated::current;
-  const int done = int(races.products[self]) - left;
+  emulated::meet(int(self / 32), 32, emulated::Meets::converges);
+  const auto done = uint32_t(std::max(int(races.products[self]) - left, 0));
   uint32_t& seen = known().seen[emulated::PRODUCTS + self / 32];
-  seen = std::max(seen, uint32_t(std::max(done, 0)));
+  seen = std::max(seen, done);
+  auto& asked = own_products().asked;
+  for (; !asked.empty() && asked.front().first <= done; asked.pop_front()) asked.front().second();
 }
 
 // To the nearest, ties to even, and 448 for what is larger.
@@ -189,18 +221,20 @@ template <typename T>
 void multiply(int n, float* d, uint64_t a, uint64_t b) {
   const int lane = int(threadIdx.x % 32), first = 16 * int(threadIdx.x / 32 % 4) + lane / 4;
   constexpr int K = 32 / sizeof(T);
+  if (!own_products().fenced) emulated::fail("products without a fence before them");
   float rows[2][K], column[K];
   read<T>(a, first, lane % 4 == 0, rows[0]);
   read<T>(a, first + 8, lane % 4 == 0, rows[1]);
+  std::vector<float> totals(size_t(n / 2));
   for (int j = 0; j < n / 8; ++j)
     for (int i = 0; i < 2; ++i) {
       read<T>(b, 8 * j + lane % 4 * 2 + i, lane < 4, column);
-      for (int half = 0; half < 2; ++half) {
-        float total = 0.0f;
-        for (int k = 0; k < K; ++k) total += rows[half][k] * column[k];
-        d[4 * j + 2 * half + i] += total;
-      }
+      for (int half = 0; half < 2; ++half)
+        for (int k = 0; k < K; ++k) totals[size_t(4 * j + 2 * half + i)] += rows[half][k] * column[k];
     }
+  own_products().asked.emplace_back(races.products[emulated::current] + 1, [d, totals = std::move(totals)] {
+    for (size_t i = 0; i < totals.size(); ++i) d[i] += totals[i];
+  });
 }
 
 template void multiply<BFloat>(int, float*, uint64_t, uint64_t);

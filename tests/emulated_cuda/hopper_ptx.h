@@ -62,7 +62,7 @@ void take_registers() {}
 template <int>
 void give_registers() {}
 
-inline void products_begin() { emulated::meet(int(emulated::current / 32), 32, emulated::Meets::converges); }
+void products_begin();
 void products_commit();
 void products_wait(int left);
 template <int LEFT>
@@ -163,7 +163,7 @@ int launch(void (*kernel)(Parameters), int64_t blocks, int threads, int shared_b
            const Parameters& parameters) {
   if (shared_bytes > emulated::SHARED_BYTES) return cudaErrorInvalidConfiguration;
   gridDim = dim3(unsigned(blocks));
-  emulated::run(gridDim.x, dim3(unsigned(threads)), [&] { kernel(parameters); });
+  emulated::run(gridDim.x, dim3(unsigned(threads)), [&] { kernel(parameters); }, size_t(shared_bytes));
   return cudaSuccess;
 }
 

@@ -1,6 +1,7 @@
 #include "races.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cuda_runtime.h"
 
@@ -36,21 +37,29 @@ void Races::allow(const void* pointer, size_t size) {
   allowed[begin] = end;
 }
 
-void Races::begin_launch() {
+void Races::begin_launch(size_t bytes) {
+  if (bytes > SHARED_BYTES) fail("more shared memory than there is");
+  shared_bytes = bytes;
   others.clear();
   words.resize(SHARED_BYTES / 4);
 }
 
 void Races::begin_block(int number, unsigned threads) {
   if (threads > THREADS) fail("more threads than the clocks have");
-  block = number;
+  block = number, ++blocks;
   clocks.assign(threads, {});
   for (unsigned i = 0; i < threads; ++i) clocks[i].seen[i] = 1;
   products.assign(threads, 0);
   copies.fill(0);
   for (size_t i = first_word; i < last_word; ++i) words[i] = {};
+  reserved.assign(words.size(), false);
   first_word = words.size(), last_word = 0;
   variables.clear();
+}
+
+void Races::reserve(const void* barrier, size_t size) {
+  const auto first = size_t(static_cast<const uint8_t*>(barrier) - shared) / 4;
+  std::fill_n(reserved.begin() + std::ptrdiff_t(first), size / 4, true);
 }
 
 void Races::fence(unsigned thread) {
@@ -62,7 +71,9 @@ void Races::check(const char* now, const Access& past, const char* then, const A
                   const char* where, size_t offset) const {
   if (past.moment == 0) return;
   const bool before = past.block == self.block && past.moment <= known.seen[past.agent];
-  const bool visible = self.agent < COPIES || past.agent >= COPIES || past.moment <= known.fenced[past.agent];
+  // the fence is of shared memory alone
+  const bool fenced = std::strncmp(where, "shared", 6) == 0 && past.moment <= known.fenced[past.agent];
+  const bool visible = self.agent < COPIES || past.agent >= COPIES || fenced;
   if (before && visible) return;
   fail(name(self) + " " + now + " " + where + " " + std::to_string(offset) + ", which " + name(past) + " " + then +
        (before ? " without a fence between proxies" : " at the same time"));
@@ -94,9 +105,11 @@ void Races::touch(const void* pointer, size_t size, bool writes, int agent, uint
   const auto* const first = static_cast<const uint8_t*>(pointer);
   if (first >= shared && first < shared + SHARED_BYTES) {
     const auto offset = size_t(first - shared);
-    first_word = std::min(first_word, offset / 4), last_word = std::max(last_word, (offset + size) / 4);
     if (offset % 4 || size % 4) fail("less than 4 bytes of shared memory at once");
+    if (offset + size > shared_bytes) fail(name(self) + " uses shared memory that it was not given");
+    first_word = std::min(first_word, offset / 4), last_word = std::max(last_word, (offset + size) / 4);
     for (size_t i = offset; i < offset + size; i += 4) {
+      if (reserved[i / 4]) fail(name(self) + " uses shared memory at " + std::to_string(i) + ", where a barrier lies");
       if (!writes && words[i / 4].written.moment == 0)
         fail(name(self) + " reads shared memory at " + std::to_string(i) + ", which nobody wrote");
       touch(words[i / 4], writes, self, known, "shared memory at", i);
