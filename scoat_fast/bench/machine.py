@@ -29,6 +29,11 @@ def save(path: str | Path, result: dict) -> None:
     write_text(path, f"{{\n{parts}\n}}\n")
 
 
+def reason_of(failure: Exception) -> str:
+    """Why a row has no number: the kind of an error and its first line."""
+    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+
+
 def _lines(value: object) -> str:
     if not isinstance(value, list) or not value:
         return json.dumps(value, allow_nan=False)

@@ -21,7 +21,7 @@ from ..engine.runner import MASK_DICE, dice
 from ..files import check_output
 from ..model import SCOATNet
 from .contenders import HALVES, Contender, baseline_of, contenders, engine_for, gpu_backends
-from .machine import facts, save
+from .machine import facts, reason_of, save
 from .memory import peak_bytes
 
 FLOAT8_DICE = 0.75  # with the exact mask of noise, whose logits are mostly near the threshold; chance is 0.5
@@ -118,7 +118,7 @@ def measure(contender: Contender, net: SCOATNet, x: Tensor, exact: Tensor, secon
             row["ms_per_batch"] = median_ms(call, x.device, seconds)
             row["us_per_slice"] = row["ms_per_batch"] * 1000 / len(x)
     except Exception as failure:  # out of memory, say: the other rows keep their numbers
-        row["reason"] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+        row["reason"] = reason_of(failure)
     return row
 
 

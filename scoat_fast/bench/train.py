@@ -20,7 +20,7 @@ from ..files import check_output
 from ..model import SCOATNet
 from ..train.losses import hybrid_loss
 from .contenders import baseline_of
-from .machine import facts, save
+from .machine import facts, reason_of, save
 from .memory import peak_bytes
 
 # of the norm of all gradients: a pixel on the edge of ReLU may fall to its other side, and bfloat16 has 8 bits
@@ -94,7 +94,7 @@ def run(
                 baseline = baseline_of(start).double().to(device).train()
                 exact = _gradient(baseline, _checked(images, batch).double(), _checked(masks, batch))
             except Exception as failure:  # without what to check against there is no number
-                failed = _reason(failure)
+                failed = reason_of(failure)
             first: dict | None = None
             for trainee in trainees(device, compile):
                 row = {"name": trainee.name, "width": width, "batch": batch, "size": size}
@@ -150,12 +150,8 @@ def measure(
         row["ms_per_step"] = median_ms(lambda: step(*batches[0], wait=False), images.device, seconds)
         row["images_per_s"] = 1000 * batch / row["ms_per_step"]
     except Exception as failure:  # out of memory, say: the other rows keep their numbers
-        row["reason"] = _reason(failure)
+        row["reason"] = reason_of(failure)
     return row
-
-
-def _reason(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
 
 
 def slices(count: int, size: int) -> tuple[Tensor, Tensor]:
