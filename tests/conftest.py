@@ -58,17 +58,18 @@ def empty_is_nan():
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
-    """Triton's interpreter in a third of its time.
+    """Triton's interpreter in a third of its time, and with any NumPy.
 
     It patches the language anew whenever one function calls another, although it is patched while a kernel runs, and
-    checks every sum of integers for an overflow that images as small as the tests' cannot reach.
+    checks every sum of integers for an overflow that images as small as the tests' cannot reach. That of Triton 3.6
+    makes numbers of arrays with one element in a way that NumPy 2.5 refuses.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
     from triton.runtime import interpreter
 
-    builder, patched = interpreter.interpreter_builder, set()
+    builder, patched, patch_tensor = interpreter.interpreter_builder, set(), interpreter._patch_lang_tensor
 
     def call(self, *arguments, **named):
         if self.fn.__module__ not in patched:
@@ -76,7 +77,12 @@ def quick_interpreter():
             patched.add(self.fn.__module__)
         return self.rewrite()(*arguments, **named)
 
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
         yield
