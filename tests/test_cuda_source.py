@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -133,6 +134,9 @@ needs_nvcc = pytest.mark.skipif(NVCC is None or disassembler() is None, reason="
 def machine_code_of(target: str, name: str) -> dict[str, tuple[str, str]]:
     """Resources and SASS of the kernels with ``name`` in their mangled names, of the extension as it was built."""
     native = pytest.importorskip("scoat_fast._C", exc_type=ImportError)
+    build = json.loads(Path(native.__file__).with_name("_build.json").read_text())
+    if "SCOAT_FAST_CUDA=0" in build.get("why_no_cuda", ""):
+        pytest.skip("the extension was built without CUDA, as it was asked for")
 
     def dump(option: str) -> str:
         command = [disassembler(), option, "-arch", target, native.__file__]
