@@ -231,11 +231,14 @@ def packed_part(path: Path) -> bytes:
 
 
 def test_deflated_slices_of_odd_lengths_end_with_a_pad_byte(tmp_path):
-    hu = np.random.default_rng(0).integers(-1000, 400, (6, 200, 210)).astype(float)
+    hu = np.random.default_rng(0).integers(-1000, 400, (12, 200, 210)).astype(float)
     hu[:, 100:] = -1000  # half of it packs well
 
     def deflate(k, slice):
         slice.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        # with the random identifiers of every other test, all packed lengths would be odd, or even, once in a while
+        slice.StudyInstanceUID = slice.SeriesInstanceUID = slice.FrameOfReferenceUID = "1.2.3"
+        slice.SOPInstanceUID = slice.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{k}"
 
     folder = write_series(tmp_path / "packed", hu, change=deflate)
     pads = set()
