@@ -32,6 +32,7 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma",
     "base": "",
 }
+AMX_FLAGS = [*ISA_FLAGS["avx512"].split(), "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-Wno-maybe-uninitialized"]
 CUDA_ARCHITECTURES = ("80", "90")  # machine code for these, and PTX of the last for newer ones
 HOPPER_TARGETS = ["-gencode=arch=compute_90a,code=sm_90a"]  # whose tensor cores need code of their own
 
@@ -85,6 +86,10 @@ def compiles(compiler: str, flags: list[str], suffix: str = ".cpp") -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def cuda_targets() -> list[str]:
     newest = CUDA_ARCHITECTURES[-1]
     targets = [(cc, f"sm_{cc}") for cc in CUDA_ARCHITECTURES] + [(newest, f"compute_{newest}")]
@@ -97,7 +102,7 @@ def nvcc_flags(compiler: str) -> list[str]:
 
 def plan() -> tuple[dict, str | None, str | None]:
     """What is built: the report for ``_build.json``, the C++ compiler and nvcc, None for what is left out."""
-    report: dict = {"extension": None, "cuda": None, "hopper": False, "openmp": False}
+    report: dict = {"extension": None, "cuda": None, "hopper": False, "openmp": False, "amx": False}
     try:
         compiler = find_compiler()
         if not compiles(compiler, CXX_FLAGS):
@@ -111,6 +116,7 @@ def plan() -> tuple[dict, str | None, str | None]:
         return report | {"why_no_extension": str(reason), "why_no_cuda": str(reason)}, None, None
     report["extension"] = compiler
     report["openmp"] = compiles(compiler, [*CXX_FLAGS, "-fopenmp"])
+    report["amx"] = is_x86() and compiles(compiler, [*CXX_FLAGS, *AMX_FLAGS])
     try:
         nvcc = find_nvcc()
         if not compiles(nvcc, [*nvcc_flags(compiler), *cuda_targets()], ".cu"):  # too old for these, or for the C++ one
@@ -124,15 +130,16 @@ def plan() -> tuple[dict, str | None, str | None]:
     return report, compiler, nvcc
 
 
-def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, openmp: bool, hopper: bool) -> str:
+def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, report: dict) -> str:
     """The text of build.ninja."""
     import pybind11
 
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86, openmp, amx, hopper = is_x86(), report["openmp"], report["amx"], report["hopper"]
     flags = [*CXX_FLAGS, "-ffp-contract=fast", f"-I{SOURCES}"]
     flags += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     flags += ["-fopenmp"] if openmp else ["-fopenmp-simd"]
     flags += ["-DSCOAT_X86"] * x86 + ["-DSCOAT_CUDA"] * bool(nvcc) + ["-DSCOAT_HOPPER"] * hopper
+    flags += ["-DSCOAT_AMX"] * amx
     lines = [
         f"cxx = {argument(compiler)}",
         f"flags = {' '.join(map(argument, flags))}",
@@ -153,6 +160,9 @@ def ninja_file(folder: Path, target: Path, compiler: str, nvcc: str | None, open
     for isa in ("avx512", "avx2", "base") if x86 else ("base",):
         for source in ("cpu", "engine_cpu", "training_cpu"):
             build("cxx", f"{source}.cpp", f"{source}_{isa}.o", f"-DSCOAT_ISA={isa} {ISA_FLAGS[isa]}")
+    if amx:
+        build("cxx", "amx.cpp", "amx.o", " ".join(AMX_FLAGS))
+        build("cxx", "amx_bindings.cpp", "amx_bindings.o")
     link = ["-shared", "-fopenmp"] if openmp else ["-shared"]
     if platform.system() == "Darwin":
         link += ["-undefined", "dynamic_lookup"]
@@ -204,9 +214,7 @@ class BuildExtension(build_ext):
             self.extensions = []  # nothing to copy
             target.unlink(missing_ok=True)  # of an earlier build
         else:
-            (folder / "build.ninja").write_text(
-                ninja_file(folder, target, compiler, nvcc, report["openmp"], report["hopper"])
-            )
+            (folder / "build.ninja").write_text(ninja_file(folder, target, compiler, nvcc, report))
             subprocess.run([*ninja(), "-C", str(folder)], check=True)
         (target.parent / "_build.json").write_text(json.dumps(report, indent=2) + "\n")
 

@@ -12,8 +12,8 @@ import torch
 
 import scoat_fast
 from scoat_fast import ops
-from scoat_fast.bench.contenders import BOUND, engine_for, gpu_backends
-from scoat_fast.engine.layout import FLOAT8, has_float8
+from scoat_fast.bench.contenders import BOUND, engine_for, engines
+from scoat_fast.engine.layout import FLOAT8
 from scoat_fast.ops import parity
 
 FORMS = ({"width": 8}, {"width": 3, "equations": "paper"}, {"width": 32}, {"width": 64})
@@ -36,8 +36,8 @@ def main() -> int:
     for form in FORMS:
         torch.manual_seed(0)
         net, x = scoat_fast.SCOATNet(**form).eval().cuda(), torch.rand(2, 1, 48, 80, device="cuda")
-        for dtype in (torch.float32, torch.bfloat16, *((FLOAT8,) if has_float8(x.device) else ())):
-            for backend in gpu_backends(x.device, dtype):
+        for dtype in (torch.float32, torch.bfloat16, FLOAT8):
+            for backend in engines(x.device).get(dtype, ()):
                 found = engine_for(net, x, backend, dtype).parity(x)
                 if not found.relative < BOUND[dtype]:
                     failures += 1

@@ -20,6 +20,12 @@ void define(py::module_& module);
 }
 #endif
 
+#ifdef SCOAT_AMX
+namespace scoat::amx {
+void define(py::module_& module);
+}
+#endif
+
 namespace {
 
 // A tensor as Python passes it: address and four steps in elements; None where there is none.
@@ -162,6 +168,9 @@ PYBIND11_MODULE(_C, module) {
   SCOAT_KERNELS(SCOAT_DEFINE)
 #undef SCOAT_DEFINE
   define_steps(on_cpu);
+#ifdef SCOAT_AMX
+  amx::define(module);
+#endif
 #ifdef SCOAT_CUDA
   auto on_cuda = module.def_submodule("cuda", "`where` is the stream.");
   on_cuda.def("tiles", &cuda::tiles);

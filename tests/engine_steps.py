@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scoat_fast import SCOATNet
 from scoat_fast.engine import pack, plan, reference
-from scoat_fast.engine.layout import lay_out, step_dtype, view_of
+from scoat_fast.engine.layout import dtype_of, lay_out, step_dtype, view_of
 from scoat_fast.engine.runner import Engine
 
 
@@ -51,11 +51,18 @@ def run_steps(
     shape: tuple[int, int, int],
     wanted: Callable[[plan.Step], bool] = lambda step: True,
     device: str = "cpu",
+    rounded: bool = False,
     **options,
 ) -> list[Outcome]:
-    """Runs every wanted step of a network's plan by itself, for ``shape`` [N, H, W], in memory full of NaN."""
+    """Runs every wanted step of a network's plan by itself, for ``shape`` [N, H, W], in memory full of NaN.
+
+    With ``rounded``, weights and what a step reads are numbers of ``dtype`` in float64, too: what is exact, then, is
+    what the step makes of what it is given.
+    """
     module = importlib.import_module(f"scoat_fast.engine.{backend}")
     whole, weights = plan.build(net, **options), pack.pack(net)
+    if rounded:
+        weights = {name: (weight.to(dtype).double(), bias) for name, (weight, bias) in weights.items()}
     torch.manual_seed(5)
     exact = _allocate(whole, reference, shape, torch.float64, device)
     exact["input"].uniform_()
@@ -64,6 +71,9 @@ def run_steps(
     outcomes = []
     for step in whole.steps:
         results = {}
+        for used in plan.reads(step) if rounded else ():
+            given = view_of(whole, exact)(used)
+            given.copy_(given.to(dtype_of(whole.buffers[used.buffer].kind, dtype)))
         before = {name: x.clone() for name, x in exact.items()}
         for name, runner in (("ours", module), ("stock", reference)) if wanted(step) else ():
             tensors = _allocate(whole, runner, shape, dtype, device)
@@ -75,7 +85,8 @@ def run_steps(
             found = {name: view_of(whole, tensors)(used) for name, tensors in results.items()}
             if whole.buffers[used.buffer].kind == "sums":  # their parts are a backend's own
                 found = {name: x.double().sum(1) for name, x in found.items()}
-            outcomes.append(Outcome(step, used, found["ours"], found["stock"], found["exact"]))
+            exactly = found["exact"].clone()  # later steps write there, too
+            outcomes.append(Outcome(step, used, found["ours"], found["stock"], exactly))
     return outcomes
 
 

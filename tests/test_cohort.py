@@ -191,6 +191,12 @@ def test_another_precision_is_another_result_and_another_device_is_none(ct, net,
         assert len(answered) == count
 
 
+def test_the_dtype_can_be_chosen(ct, weights, tmp_path, capsys):
+    for dtype, unchanged in (("auto", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)):
+        assert run("segment", ct, "-o", tmp_path / "out", "--weights", weights, "--dtype", dtype) == EXIT_OK
+        assert ("unchanged" in capsys.readouterr().out) == unchanged, dtype
+
+
 def test_a_file_of_equal_size_and_an_older_time_is_another_input(ct, phantom, weights, tmp_path, capsys):
     """As ``cp -p`` and ``rsync -t`` replace it: a slice, and a lung mask."""
     slices = sorted(write_series(tmp_path / "series", phantom.transpose(2, 1, 0).astype(float)).iterdir())

@@ -583,7 +583,8 @@ def test_a_backend_that_is_switched_off_says_so(monkeypatch):
     monkeypatch.setenv("SCOAT_FAST_DISABLE", "engine.cpu")
     engine = scoat_fast.compile(trained(width=8), size=32)
     assert engine.backend == "reference"
-    assert engine.refusals == {"cpu": "is switched off by SCOAT_FAST_DISABLE=engine.cpu"}
+    off, other = "is switched off by SCOAT_FAST_DISABLE=engine.cpu", "computes in bfloat16, not in float32"
+    assert engine.refusals == {"cpu": off, "amx": other}
     with pytest.raises(RuntimeError, match="switched off"):
         scoat_fast.compile(trained(width=8), backend="cpu")
 

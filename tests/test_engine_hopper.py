@@ -381,8 +381,9 @@ def test_products_that_wait_for_each_other_fail_the_build(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
     monkeypatch.chdir(ROOT)
     compiler = tmp_path / "nvcc"
-    text = runpy.run_path("setup.py", run_name="setup")["ninja_file"](tmp_path, tmp_path / "_C.so", "g++",
-                                                                      str(compiler), False, True)  # fmt: skip
+    built = {"openmp": False, "amx": False, "hopper": True}
+    ninja_file = runpy.run_path("setup.py", run_name="setup")["ninja_file"]
+    text = ninja_file(tmp_path, tmp_path / "_C.so", "g++", str(compiler), built)
     (command,) = re.findall(r"rule nvcc_hopper\n  command = (.*)", text)
     command = command.replace("$in", "x.cu").replace("$out", "x.o").replace("$extra", "").replace("$$", "$")
     for said, code in (("ptxas info : (C7511) serialized", 1), ("ptxas info : (C7519) serialized", 0), ("", 0)):

@@ -105,6 +105,15 @@ def test_batch_size_does_not_change_the_result(net, phantom):
     np.testing.assert_array_equal(one.mask, many.mask)
 
 
+def test_the_dtype_is_what_was_asked_for(net, phantom):
+    exact, found = (Segmenter(net, dtype=dtype) for dtype in ("auto", "bfloat16"))
+    assert (exact.stream.engine.dtype, found.stream.engine.dtype) == (torch.float32, torch.bfloat16)
+    exact, found = (segmenter.segment(phantom, affine=ASYMMETRIC).probabilities for segmenter in (exact, found))
+    assert 0 < np.abs(found - exact).max() < 0.05
+    with pytest.raises(ScoatFastError, match="must be one of auto, float32, bfloat16, float16, got int8"):
+        Segmenter(net, dtype="int8")
+
+
 NO_MEMORY = [
     torch.OutOfMemoryError("too much"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
@@ -123,13 +132,13 @@ def test_memory_that_runs_out_halves_the_batch(net, phantom, monkeypatch, at_onc
             raise error
         return whole(prepared, given, threshold)
 
-    def allocate(*size, **options):
-        if at_once and len(size) == 1 and size[0] > 2 * one.stream.engine.memory_bytes:
+    def allocate(size, device):
+        if at_once and size > 2 * one.stream.engine.memory_bytes:
             raise error
-        return zeros(*size, **options)
+        return zeros(size, device)
 
-    one, whole, zeros = Segmenter(net, batch_size=1), runner._Prepared.__call__, torch.zeros
-    monkeypatch.setattr(runner.torch, "zeros", allocate)
+    one, whole, zeros = Segmenter(net, batch_size=1), runner._Prepared.__call__, runner._zeros
+    monkeypatch.setattr(runner, "_zeros", allocate)
     segmenter = Segmenter(net, batch_size=6)
     if not at_once:
         monkeypatch.setattr(runner._Prepared, "__call__", run_out)

@@ -45,10 +45,10 @@ class Contender:
 
 def contenders(device: torch.device, compile: bool, autotune: bool = False) -> Iterator[Contender]:
     """What is compared on a device: the engine first, and last what takes minutes, left out without ``compile``."""
-    single, contiguous, last = torch.float32, torch.contiguous_format, torch.channels_last
-    for dtype in (*HALVES, single, *((FLOAT8,) if has_float8(device) else ())) if device.type == "cuda" else (single,):
-        reference = () if dtype == FLOAT8 else ("reference",)
-        for backend in (*(gpu_backends(device, dtype) if device.type == "cuda" else ("cpu",)), *reference):
+    single, half = torch.float32, torch.bfloat16
+    contiguous, last = torch.contiguous_format, torch.channels_last
+    for dtype, backends in engines(device).items():
+        for backend in (*backends, *(() if dtype == FLOAT8 else ("reference",))):
             yield Contender(f"engine {backend} {str(dtype)[6:]}", dtype, _engine(backend, dtype))
     if autotune:
         yield Contender("engine triton bfloat16 autotuned", torch.bfloat16, _engine("triton", torch.bfloat16, True))
@@ -57,23 +57,36 @@ def contenders(device: torch.device, compile: bool, autotune: bool = False) -> I
     yield Contender("SCOATNet float32", single, _ours(single, contiguous))
     yield Contender("SCOATNet float32 channels_last", single, _ours(single, last))
     if device.type == "cuda":
-        half = torch.bfloat16
         yield Contender("eager TF32 channels_last", single, _stock(single, last), tf32=True)
         yield Contender("eager bfloat16 channels_last", half, _stock(half, last))
         yield Contender("SCOATNet bfloat16 channels_last", half, _ours(half, last))
         for mode in ("default", "max-autotune") if compile else ():  # the second records CUDA graphs, too
             yield Contender(f"compile {mode} bfloat16 channels_last", half, _stock(half, last, mode))
     else:
+        if half in engines(device):
+            yield Contender("eager bfloat16 channels_last", half, _stock(half, last))
         if all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
             yield Contender("ONNX Runtime float32", single, _onnx_runtime, in_torch=False)
         if compile:
             yield Contender("compile float32", single, _stock(single, contiguous, "default"))
 
 
-def gpu_backends(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The engine's own on a GPU. That for Hopper is left out where its dtype or the GPU is another."""
-    hopper = dtype in (*HALVES, FLOAT8) and torch.cuda.get_device_capability(device) == (9, 0)
-    return ("triton", "sm90a") if hopper else ("triton",)
+def engines(device: torch.device) -> dict[torch.dtype, tuple[str, ...]]:
+    """The engine's own backends that may run on a device, by dtype: what is for other processors is left out."""
+    if device.type == "cpu":
+        return {torch.float32: ("cpu",)} | ({torch.bfloat16: ("amx",)} if _has_amx(device) else {})
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    both = ("triton", "sm90a") if hopper else ("triton",)
+    found = dict.fromkeys(HALVES, both) | {torch.float32: ("triton",)}
+    return found | ({FLOAT8: both} if has_float8(device) else {})
+
+
+def _has_amx(device: torch.device) -> bool:
+    try:
+        from ..engine import amx
+    except ImportError:  # without the extension
+        return False
+    return amx.why_not(device, torch.bfloat16) is None
 
 
 def baseline_of(net: SCOATNet) -> EagerSCOATNet:

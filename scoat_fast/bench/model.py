@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..clock import copy_gb_per_s, matrix_tflop_per_s, median_ms
 from ..engine.cost import cost
-from ..engine.layout import FLOAT8, has_float8
+from ..engine.layout import FLOAT8
 from ..engine.plan import Convolve, build, summary
 from ..engine.runner import MASK_DICE, dice
 from ..files import check_output
 from ..model import SCOATNet
-from .contenders import HALVES, Contender, baseline_of, contenders, engine_for, gpu_backends
+from .contenders import Contender, baseline_of, contenders, engine_for, engines
 from .machine import facts, reason_of, save
 from .memory import peak_bytes
 
@@ -57,8 +57,7 @@ def run(
     if output is not None:
         check_output(output)
     result = {**facts(device, commit), "copy_gb_per_s": copy_gb_per_s(device, 0.5)}
-    dtypes = (torch.float32, *HALVES) if device.type == "cuda" else (torch.float32,)
-    dtypes += (FLOAT8,) if has_float8(device) else ()
+    dtypes = engines(device)
     result["matrix_tflop_per_s"] = {str(dtype)[6:]: matrix_tflop_per_s(device, dtype, 0.5) for dtype in dtypes}
     result |= {"steps": [], "convolutions": [], "rows": []}
 
@@ -85,12 +84,13 @@ def run(
                 row["percent_of_floor"] = _percent(net, row, result)
                 keep("rows", row, line(row))
         if details:
-            given, dtype = x.to(device), torch.bfloat16 if device.type == "cuda" else torch.float32
-            for backend in gpu_backends(device, dtype) if device.type == "cuda" else ("cpu",):
-                print(f"the steps of engine {backend}")
-                for row in step_rows(net, given, backend, dtype, seconds / 10, _rates(result, str(dtype)[6:])):
-                    keep("steps", row, f"{_rate(row)}{row['percent_of_floor']:6.0f} % of the floor")
-            for row in convolution_rows(net, given, dtype, seconds / 10):
+            given = x.to(device)
+            for dtype, backends in engines(device).items():
+                for backend in backends if device.type == "cpu" or dtype == torch.bfloat16 else ():
+                    print(f"the steps of engine {backend}")
+                    for row in step_rows(net, given, backend, dtype, seconds / 10, _rates(result, str(dtype)[6:])):
+                        keep("steps", row, f"{_rate(row)}{row['percent_of_floor']:6.0f} % of the floor")
+            for row in convolution_rows(net, given, torch.bfloat16 if given.is_cuda else torch.float32, seconds / 10):
                 keep("convolutions", row, _rate(row))
     return result
 

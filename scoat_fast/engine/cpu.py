@@ -109,19 +109,19 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> dict:
     return {
         "size": out.shape[:3],
         "tiles": _tiles(step),
-        "first": _features(first),
-        "second": _features(second[0]) if second else None,
+        "first": features(first),
+        "second": features(second[0]) if second else None,
         "scale": 0 if step.scale is None else view(step.scale).data_ptr(),
-        "packed": _addresses(weights[step.weights]),
-        "out": _features(out),
+        "packed": addresses(weights[step.weights]),
+        "out": features(out),
         "relu": step.relu,
         "residual_before": step.residual == "before",
         "residual_after": step.residual == "after",
-        "pooled": None if step.pooled is None else _features(view(step.pooled)),
+        "pooled": None if step.pooled is None else features(view(step.pooled)),
         "sums": 0 if step.sums is None else view(step.sums).data_ptr(),
         "sum_channels": 0 if step.sums is None else view(step.sums).stride(1),
-        "shortcut": (0, 0) if shortcut is None else _addresses(weights[shortcut.weights]),
-        "shortcut_out": None if shortcut is None else _features(view(shortcut.out)),
+        "shortcut": (0, 0) if shortcut is None else addresses(weights[shortcut.weights]),
+        "shortcut_out": None if shortcut is None else features(view(shortcut.out)),
         "shortcut_relu": shortcut is not None and shortcut.relu,
         "shortcut_scaled": shortcut is not None and shortcut.scaled,
     }
@@ -129,8 +129,8 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> dict:
 
 def _project(step: Convolve, weights: Weights, view: View) -> dict:
     (source,), out = step.sources, view(step.out)
-    packed = _addresses(weights[step.weights])
-    return {"size": out.shape[:3], "source": _features(view(source)), "packed": packed, "out": _features(out)}
+    packed = addresses(weights[step.weights])
+    return {"size": out.shape[:3], "source": features(view(source)), "packed": packed, "out": features(out)}
 
 
 def _attend(step: Attend, weights: Weights, view: View) -> dict:
@@ -138,9 +138,9 @@ def _attend(step: Attend, weights: Weights, view: View) -> dict:
     out = view(step.out)
     return {
         "size": out.shape,
-        "row": _features(view(step.row)),
-        "below": _features(view(step.below)),
-        "packed": _addresses(weights[step.project]),
+        "row": features(view(step.row)),
+        "below": features(view(step.below)),
+        "packed": addresses(weights[step.project]),
         "psi": psi.data_ptr(),
         "bias": bias.item(),
         "each": step.each,
@@ -153,9 +153,9 @@ def _output(step: Head, weights: Weights, view: View) -> dict:
     return {
         "size": source.shape[:3],
         "tiles": _tiles(step),
-        "source": _features(source),
+        "source": features(source),
         "classes": step.out.channels,
-        "packed": _addresses(weights[step.weights]),
+        "packed": addresses(weights[step.weights]),
         "logits": out if step.threshold is None else 0,
         "mask": 0 if step.threshold is None else out,
         "threshold": 0 if step.threshold is None else view(step.threshold).data_ptr(),
@@ -199,9 +199,9 @@ def _packed(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return panels.float().contiguous(), F.pad(bias, (0, fill)).float()
 
 
-def _features(x: Tensor) -> tuple[int, ...]:
+def features(x: Tensor) -> tuple[int, ...]:
     return x.data_ptr(), *x.stride()[:3], x.shape[3]
 
 
-def _addresses(packed: tuple[Tensor, Tensor]) -> tuple[int, int]:
+def addresses(packed: tuple[Tensor, Tensor]) -> tuple[int, int]:
     return packed[0].data_ptr(), packed[1].data_ptr()

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import math
+import mmap
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,8 @@ from .pack import pack
 from .plan import Plan, Step
 from .tune import Tiles, tune, using
 
-ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
-BACKENDS = ("reference", "cpu", "triton", "sm90a")
+ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "amx", "reference")}
+BACKENDS = ("reference", "cpu", "amx", "triton", "sm90a")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, FLOAT8)
 # Made anew by a compiler on every machine: an engine that chooses one of these by itself checks it first.
 CHECKED = ("triton",)
@@ -85,9 +86,10 @@ def compile(
             on older ones), float32 elsewhere. All sums are in float32, or float64; of float8 in what tensor cores have
             for it, which on Hopper is less; "sm90a" rounds what each tap of the last head gives before it adds nine of
             them. With float8 the input, the last features and the attention maps are bfloat16.
-        backend: "triton", "sm90a", "cpu" or "reference"; by default the fastest that runs here, and on a GPU only
-            after its logits for one slice were found near those of "reference". "sm90a", whose convolutions are of
-            Hopper alone, runs where it is asked for: it has not been measured yet.
+        backend: "triton" or "sm90a" on a GPU, "cpu" (float32) or "amx" (bfloat16) on a CPU, or "reference"; by default
+            the fastest that runs here, and on a GPU only after its logits for one slice were found near those of
+            "reference". "sm90a", whose convolutions are of Hopper alone, runs where it is asked for: it has not been
+            measured yet.
         batch_sizes: how many slices run at once. A batch of another size is cut into these, with little padding.
             By default 1, 8 and 32 on a GPU, 1 on a CPU.
         size: height and width for which everything is prepared, so that the first batch is fast; by default what the
@@ -378,7 +380,7 @@ class Engine:
                 torch.cuda.synchronize(self.device)
             self._ready.clear()  # what they hold is given back before more is asked for
             self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
-            self._memory = torch.zeros(layout.bytes, dtype=torch.uint8, device=self.device)
+            self._memory = _zeros(layout.bytes, self.device)
         calls = []
         tensors = layout.tensors(self._memory)
         view = view_of(plan, tensors)
@@ -474,6 +476,15 @@ def dice(a: Tensor, b: Tensor) -> float:
     """The overlap of two masks of bool: 1 where both are empty."""
     both = int(a.sum() + b.sum())
     return 2 * int((a & b).sum()) / both if both else 1.0
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    """Memory of a device; of a CPU in large pages where the system has some, since rows of tiles lie in many pages."""
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _share(error: float, largest: float) -> float:

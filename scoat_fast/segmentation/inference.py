@@ -21,6 +21,7 @@ from .statistics import check_min_mm3, measure, remove_small
 from .stream import Job, Stream
 
 DEFAULT_WEIGHTS = "scoat-w16"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -51,12 +52,12 @@ class Segmenter:
         weights: the name of shipped weights, the path of a weights file, or a network with ``pretrained`` facts.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N".
         batch_size: slices at once, or "auto". A batch that does not fit in the GPU's memory is halved.
-
-    The network runs in an engine (see ``scoat_fast.compile``): bfloat16 on GPUs that have it, float32 elsewhere.
+        dtype: "float32", "bfloat16", "float16", or "auto" (bfloat16 on GPUs that have it, float32 elsewhere). The
+            network runs in an engine of it (see ``scoat_fast.compile``); bfloat16 is fast on CPUs with AMX, too.
 
     Raises:
         WeightsError: if the weights cannot be used.
-        ScoatFastError: if the device is not there.
+        ScoatFastError: if the device is not there, or for a batch size or dtype of another kind.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Segmenter:
         weights: str | Path | SCOATNet = DEFAULT_WEIGHTS,
         device: str = "auto",
         batch_size: int | str = "auto",
+        dtype: str = "auto",
     ):
         # a copy: whoever passes a network wants it back as it was
         net = copy.deepcopy(weights) if isinstance(weights, SCOATNet) else SCOATNet.from_pretrained(weights)
@@ -73,9 +75,12 @@ class Segmenter:
             )
         if batch_size != "auto" and int(batch_size) < 1:
             raise ScoatFastError(f"the batch size must be at least 1, got {batch_size}")
+        if dtype not in DTYPES:
+            raise ScoatFastError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         self.pretrained, self.window = net.pretrained, Window(*net.pretrained.window)
         most = None if batch_size == "auto" else int(batch_size)
-        self.stream = Stream(net.float().eval(), find_device(device), most)
+        exactly = None if dtype == "auto" else getattr(torch, dtype)
+        self.stream = Stream(net.float().eval(), find_device(device), most, exactly)
 
     def segment(
         self,
@@ -145,6 +150,7 @@ def segment(
     weights: str | Path | SCOATNet = DEFAULT_WEIGHTS,
     device: str = "auto",
     batch_size: int | str = "auto",
+    dtype: str = "auto",
     lung: np.ndarray | None = None,
     threshold: float | None = None,
     min_mm3: float = 0.0,
@@ -157,7 +163,7 @@ def segment(
             spine down and the patient's right on the left. With ``affine``, any axes in any order.
         spacing: mm between slices, rows and columns. Not wanted with ``affine``.
         affine: [4, 4], from indices to right-anterior-superior mm, as nibabel and NIfTI have it.
-        weights, device, batch_size: see ``Segmenter``, which is faster for more than one volume.
+        weights, device, batch_size, dtype: see ``Segmenter``, which is faster for more than one volume.
         lung: the lungs on the same grid; without, they are found by thresholds.
         threshold: of the probability, instead of the weights' own.
         min_mm3: leave out connected regions smaller than this.
@@ -166,7 +172,7 @@ def segment(
     Raises:
         BadInputError: if the volume has NaN, is constant or is not a chest CT in HU, or its geometry is not usable.
     """
-    segmenter = Segmenter(weights, device, batch_size)
+    segmenter = Segmenter(weights, device, batch_size, dtype)
     return segmenter.segment(
         volume_hu, spacing, affine=affine, lung=lung, threshold=threshold, min_mm3=min_mm3, attention=attention
     )

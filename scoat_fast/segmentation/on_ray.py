@@ -44,6 +44,7 @@ class Workers:
     cpus: float | None = None
     device: str = "auto"
     batch_size: int | str = "auto"
+    dtype: str = "auto"
 
 
 def segment_files_on_ray(
@@ -64,7 +65,7 @@ def segment_files_on_ray(
         lung = None if options.lung is None else options.lung.resolve()
         threads = options.threads or max(1, int(takes["num_cpus"] / 2) if takes["num_gpus"] else 1)
         each = replace(options, lung=lung, threads=threads)
-        build = (weights, takes["num_gpus"], workers.batch_size, output.resolve(), each)
+        build = (weights, takes["num_gpus"], workers.batch_size, workers.dtype, output.resolve(), each)
 
         def work(cases: Sequence[Case], journal: Journal, summary: Summary) -> None:
             rows: dict[str, dict] = {}
@@ -102,8 +103,10 @@ class _Tally:
 class _Worker:
     """Holds a network on its device, and answers groups of cases."""
 
-    def __init__(self, tally, weights: str, gpus: int, batch_size: int | str, output: Path, options: Options):
-        self._tally, self._segmenter = tally, Segmenter(weights, "cuda" if gpus else "cpu", batch_size)
+    def __init__(
+        self, tally, weights: str, gpus: int, batch_size: int | str, dtype: str, output: Path, options: Options
+    ):
+        self._tally, self._segmenter = tally, Segmenter(weights, "cuda" if gpus else "cpu", batch_size, dtype)
         self._output, self._options = output, replace(options, quiet=True)
 
     def __call__(self, item: dict) -> dict:

@@ -87,10 +87,17 @@ class Stream:
         net: in float32, with the facts of its weights (``pretrained``).
         device: where it runs.
         batch_size: slices at once, None for what suits the device.
+        dtype: of the engine, None for what suits the device.
     """
 
-    def __init__(self, net: SCOATNet, device: torch.device, batch_size: int | None = None):
-        self.net, self.device = net.to(device), device
+    def __init__(
+        self,
+        net: SCOATNet,
+        device: torch.device,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.net, self.device, self.dtype = net.to(device), device, dtype
         self.batch_size = BATCH[device.type] if batch_size is None else batch_size
         self._size, self._window = net.pretrained.size, Window(*net.pretrained.window)
         self._make_engine()
@@ -235,7 +242,8 @@ class Stream:
     def _make_engine(self) -> None:
         """An engine for whole batches, and for what is left at the end."""
         try:
-            self.engine = compile_network(self.net, batch_sizes=(self.batch_size, -(-self.batch_size // 4), 1))
+            sizes = (self.batch_size, -(-self.batch_size // 4), 1)
+            self.engine = compile_network(self.net, dtype=self.dtype, batch_sizes=sizes)
             return
         except RuntimeError as error:
             if not (is_out_of_memory(error) and self._can_shrink):
