@@ -483,6 +483,10 @@ def test_a_cohort_is_timed_beside_the_engine_and_a_plain_loop(ct, weights, tmp_p
     assert 0 <= cohort["waited_for_reading"] < 1 and 0 <= cohort["waited_for_writing"] < 1 and cohort["peak_mib"] > 50
     assert "4 cases of 40 x 36 x 6" in capsys.readouterr().out
     assert table_of(file).splitlines()[0] == "| 4 scans of 6 slices | slices/s | x loop |"
+    assert main([*arguments, "--weights", str(weights), "-o", str(file), "--dtype", "bfloat16"]) == EXIT_OK
+    rounded = json.loads(file.read_text())
+    assert (result["dtype"], rounded["dtype"]) == ("float32", "bfloat16")
+    assert rounded["rows"][0]["dice"] >= cohort_bench.ROUNDED_DICE
     monkeypatch.setattr(cohort_bench, "DICE", 1.1)  # another answer
     assert main([*arguments, "--weights", str(weights), "-o", str(file)]) == EXIT_FAILED_CASES
     first = json.loads(file.read_text())["rows"][0]

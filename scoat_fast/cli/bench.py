@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import EXIT_CODES, EXIT_FAILED_CASES, EXIT_OK, OPERATIONS, duration, one_or_both, path, positive, size
+from .arguments import (
+    EXIT_CODES,
+    EXIT_FAILED_CASES,
+    EXIT_OK,
+    OPERATIONS,
+    add_dtype,
+    duration,
+    one_or_both,
+    path,
+    positive,
+    size,
+)
 
 
 def add_bench(commands) -> None:
@@ -169,6 +180,7 @@ def _add_cohort(benches) -> None:
     )
     command.add_argument("--threads", type=positive, metavar="N", help="as for segment")
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
+    add_dtype(command)
     command.add_argument(
         "--seconds", type=duration, default=3.0, metavar="S", help="for the engine (default: %(default)s)"
     )
@@ -190,6 +202,7 @@ def bench_cohort(args: argparse.Namespace) -> int:
         args.output,
         args.shape,
         args.threads,
+        args.dtype,
     )
     return EXIT_OK if result["rows"][0]["reason"] is None else EXIT_FAILED_CASES
 

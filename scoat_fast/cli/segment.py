@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import EXIT_CODES, EXIT_FAILED_CASES, EXIT_OK, batch_size, numbers, path, positive
+from .arguments import EXIT_CODES, EXIT_FAILED_CASES, EXIT_OK, add_dtype, batch_size, numbers, path, positive
 
 
 def add_segment(commands) -> None:
@@ -39,13 +39,7 @@ def add_segment(commands) -> None:
     command.add_argument("--device", default="auto", metavar="auto|cpu|cuda", help="default: %(default)s")
     command.add_argument("--devices", type=numbers, metavar="0,1", help="several GPUs, which share the cases")
     command.add_argument("--batch-size", type=batch_size, default="auto", metavar="N", help="slices at once, or auto")
-    command.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the network (default: bfloat16 on GPUs that have it, float32 elsewhere; bfloat16 is faster on CPUs "
-        "with AMX)",
-    )
+    add_dtype(command)
     command.add_argument(
         "--threads",
         type=positive,
