@@ -279,6 +279,16 @@ def test_results_are_the_callers_own():
     assert torch.equal(first, before)
 
 
+def test_only_so_many_sizes_stay_prepared(monkeypatch):
+    monkeypatch.setattr(runner, "READY", 1)
+    net = trained(width=3)
+    engine = scoat_fast.compile(net, backend="reference", size=64)
+    batches = [torch.rand(1, 1, 16, width) for width in (16, 32, 48, 32, 64)]
+    for x in batches:
+        assert torch.equal(engine(x), scoat_fast.compile(net, backend="reference", size=(16, x.shape[3]))(x))
+    assert [key[2] for key in engine._ready] == [48, 32, 64]
+
+
 def test_calls_outlive_their_engine():
     """What a call reads and writes is there as long as the call."""
     engine = scoat_fast.compile(trained(width=8), size=32)

@@ -40,6 +40,7 @@ BOUND = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.1, FLOAT8: 0
 # what the libraries say that do not raise torch.OutOfMemoryError: CUDA, its driver, Triton; cuBLAS and cuDNN
 NO_MEMORY = ("out of memory", "out_of_memory", "alloc_failed")
 MASK_DICE = 0.99  # of two kernels for the same numbers
+READY = 64  # other batches than an engine is made for that stay prepared, those used last: on a GPU each has a graph
 BATCH_SIZES = {"cuda": (1, 8, 32), "cpu": (1,)}  # a CPU is not faster with more slices at once: they leave its caches
 SIZE = 512
 FACTOR = 2 ** (LEVELS - 1)  # height and width of a plan are multiples of this
@@ -368,16 +369,22 @@ class Engine:
 
     def _prepare(self, n: int, height: int, width: int, mask: bool, attention: bool) -> _Prepared:
         key = (n, height, width, mask, attention)
-        if key not in self._ready:
+        found = self._ready.pop(key, None)
+        if found is None:
             with using(self._tiles), torch.inference_mode(False):  # who calls first may be in it, and others not
-                self._ready[key] = self._bound(self._plans[mask, attention], n, height, width)
-        return self._ready[key]
+                found = self._bound(self._plans[mask, attention], n, height, width)
+        self._ready[key] = found  # as the last one that was used
+        return found
 
     def _bound(self, plan: Plan, n: int, height: int, width: int) -> _Prepared:
         layout = lay_out(plan, self._module, n, height, width, self.device, self.dtype)
-        if layout.bytes > self._memory.numel():
-            if self.device.type == "cuda":  # another stream than the current one may still be at work in it
-                torch.cuda.synchronize(self.device)
+        larger = layout.bytes > self._memory.numel()
+        full = len(self._ready) >= READY + 2 * len(self.batch_sizes)  # for those, logits and masks
+        if self.device.type == "cuda" and (larger or full):
+            torch.cuda.synchronize(self.device)  # another stream than the current one may still be at work there
+        if full:
+            del self._ready[next(iter(self._ready))]
+        if larger:
             self._ready.clear()  # what they hold is given back before more is asked for
             self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
             self._memory = _zeros(layout.bytes, self.device)
