@@ -125,7 +125,7 @@ class Block {
   // Copies the inputs around pixel (y0, x0). What lies outside of the image is zero; what no output needs is left.
   void copy(int64_t n, int64_t y0, int64_t x0, uint16_t* scratch, float* row) const {
     const int64_t begin = std::max<int64_t>(x0 - halo_, 0), end = std::min(x0 + COLUMNS + halo_, inputs_.w);
-    const int64_t last = std::min(x0 + COLUMNS, inputs_.w) + halo_;
+    const int64_t last = std::min(x0 + COLUMNS, inputs_.w) + halo_ + 1;  // with the one that only products read
     for (int64_t y = y0 - halo_; y < std::min(y0 + ROWS, inputs_.h) + halo_; ++y)
       for (const Chunk& chunk : chunks_) {
         uint16_t* to = scratch + chunk.at + (y - y0 + halo_) * step() * chunk.room;
@@ -249,29 +249,29 @@ inline void each_pixel(const Patch& patch, int64_t h, const Use& use) {
       for (int64_t p = 0; p < patch.pixels; ++p) use(row, p, k);
 }
 
-// Memory of a thread, in cache lines.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : memory_(new char[bytes + 64]()) {}
-  char* data() const {
-    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t(63));
+// Memory of this thread, in cache lines, with what the thread has left in it: new pages would cost more than a small
+// convolution.
+char* scratch_of(int64_t bytes) {
+  thread_local std::unique_ptr<char[]> memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    memory.reset(new char[bytes + 64]());
+    size = bytes;
   }
-
- private:
-  std::unique_ptr<char[]> memory_;
-};
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
+}
 
 inline int64_t padded(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
 // What a work item needs beside the inputs: the sums of a patch, a row on its way to be upsampled, and `numbers` more.
 struct Room {
   Room(const Block& block, int64_t numbers)
-      : memory(padded(2 * block.size() + 64) + sizeof(float) * (2 * PATCH + COLUMNS * EDGE + numbers)),
-        inputs(reinterpret_cast<uint16_t*>(memory.data())),
-        sums(reinterpret_cast<float*>(memory.data() + padded(2 * block.size() + 64))),
+      : inputs(reinterpret_cast<uint16_t*>(
+            scratch_of(padded(2 * block.size()) + sizeof(float) * (2 * PATCH + COLUMNS * EDGE + numbers)))),
+        sums(reinterpret_cast<float*>(inputs) + padded(2 * block.size()) / sizeof(float)),
         row(sums + 2 * PATCH),
         more(row + COLUMNS * EDGE) {}
-  Scratch memory;
   uint16_t* inputs;
   float *sums, *row, *more;
 };
