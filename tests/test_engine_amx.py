@@ -95,6 +95,17 @@ def test_nan_is_no_clean_zero():
 
 
 @native
+@pytest.mark.parametrize("width", [8, 16])
+def test_what_was_in_the_memory_before_does_no_harm(width):
+    """Products that read two pixels read one behind the last: zero times NaN would be NaN."""
+    engine = scoat_fast.compile(trained(width=width), dtype=BFLOAT16, size=(48, 80))
+    x = torch.rand(1, 1, 48, 80)
+    before = engine(x)
+    engine(torch.full((1, 1, 48, 80), torch.nan))
+    assert before.isfinite().all() and torch.equal(engine(x), before)
+
+
+@native
 def test_it_is_the_engine_of_bfloat16():
     net = trained(width=8)
     assert scoat_fast.compile(net, dtype=BFLOAT16, size=32).backend == "amx"
