@@ -15,8 +15,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "resample.h"
@@ -251,16 +251,24 @@ inline void each_pixel(const Patch& patch, int64_t h, const Use& use) {
 
 // Memory of this thread, in cache lines, with what the thread has left in it: new pages would cost more than a small
 // convolution.
-char* scratch_of(int64_t bytes) {
-  thread_local std::unique_ptr<char[]> memory;
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    memory.reset();
-    memory.reset(new char[bytes + 64]());
-    size = bytes;
+struct Memory {
+  char* data = nullptr;
+  int64_t size = 0;
+
+  ~Memory() { delete[] data; }
+
+  char* of(int64_t bytes) {
+    if (bytes > size) {
+      delete[] std::exchange(data, nullptr);
+      size = 0;
+      data = new char[bytes + 64]();
+      size = bytes;
+    }
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data) + 63) & ~uintptr_t(63));
   }
-  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t(63));
-}
+};
+
+thread_local Memory memory;
 
 inline int64_t padded(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
@@ -268,7 +276,7 @@ inline int64_t padded(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 struct Room {
   Room(const Block& block, int64_t numbers)
       : inputs(reinterpret_cast<uint16_t*>(
-            scratch_of(padded(2 * block.size()) + sizeof(float) * (2 * PATCH + COLUMNS * EDGE + numbers)))),
+            memory.of(padded(2 * block.size()) + sizeof(float) * (2 * PATCH + COLUMNS * EDGE + numbers)))),
         sums(reinterpret_cast<float*>(inputs) + padded(2 * block.size()) / sizeof(float)),
         row(sums + 2 * PATCH),
         more(row + COLUMNS * EDGE) {}

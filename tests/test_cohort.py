@@ -98,10 +98,10 @@ def test_a_case_that_the_network_fails_on_costs_no_other(net, monkeypatch):
 def test_a_gpu_that_is_too_small_hands_over_to_the_cpu(net, monkeypatch):
     """A device that calls itself CUDA, and never has room for an engine."""
 
-    def compile_network(net, batch_sizes):
+    def compile_network(net, dtype, batch_sizes):
         if made.device.type == "cuda":
             raise torch.OutOfMemoryError("too much")
-        return compile_on_cpu(net, batch_sizes=batch_sizes)
+        return compile_on_cpu(net, dtype=dtype, batch_sizes=batch_sizes)
 
     compile_on_cpu, made = stream.compile_network, object.__new__(stream.Stream)
     monkeypatch.setattr(stream, "compile_network", compile_network)
