@@ -80,9 +80,9 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
         case Convolve():
             call, arguments = _C.amx.convolve, _convolve(step, weights, view)
         case Attend():
-            call, arguments = _C.amx.attend, _attend(step, weights, view)
+            call, arguments = _C.amx.attend, cpu.attend(step, weights, view)
         case Head():
-            call, arguments = _C.amx.output, _output(step, weights, view)
+            call, arguments = _C.amx.output, cpu.output(step, weights, view)
 
     def run(kept=(weights, view)) -> None:  # the arguments are addresses in these
         call(**arguments, threads=torch.get_num_threads())
@@ -91,13 +91,13 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
 
 
 def _convolve(step: Convolve, weights: Weights, view: View) -> dict:
-    shortcut, out = step.shortcut, view(step.out)
+    shortcut = step.shortcut
     first, *second = (features(view(source)) for source in step.inputs)
     scaled = None if step.scale is None else view(step.scaled)
     own = weights[step.weights]
     beside = (None, None) if shortcut is None else weights[shortcut.weights]
     return {
-        "size": out.shape[:3],
+        "size": view(step.out).shape[:3],
         "first": first,
         "second": second[0] if second else None,
         "below": step.below is not None,
@@ -111,44 +111,8 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> dict:
         "scaled": 0 if scaled is None else scaled.data_ptr(),
         "scaled_step": 0 if scaled is None else scaled.stride(0),
         "packed": cpu.addresses(own),
-        "out": features(out),
-        "relu": step.relu,
-        "residual_before": step.residual == "before",
-        "residual_after": step.residual == "after",
-        "pooled": None if step.pooled is None else features(view(step.pooled)),
-        "sums": 0 if step.sums is None else view(step.sums).data_ptr(),
-        "sum_channels": 0 if step.sums is None else view(step.sums).stride(1),
         "shortcut": (0, 0) if shortcut is None else cpu.addresses(beside),
-        "shortcut_out": None if shortcut is None else features(view(shortcut.out)),
-        "shortcut_relu": shortcut is not None and shortcut.relu,
-    }
-
-
-def _attend(step: Attend, weights: Weights, view: View) -> dict:
-    psi, bias = weights[step.weights]
-    out = view(step.out)
-    return {
-        "size": out.shape,
-        "row": features(view(step.row)),
-        "below": features(view(step.below)),
-        "packed": cpu.addresses(weights[step.project]),
-        "psi": psi.data_ptr(),
-        "bias": bias.item(),
-        "each": step.each,
-        "map": out.data_ptr(),
-    }
-
-
-def _output(step: Head, weights: Weights, view: View) -> dict:
-    source, out = view(step.source), view(step.out).data_ptr()
-    return {
-        "size": source.shape[:3],
-        "source": features(source),
-        "classes": step.out.channels,
-        "packed": cpu.addresses(weights[step.weights]),
-        "logits": out if step.threshold is None else 0,
-        "mask": 0 if step.threshold is None else out,
-        "threshold": 0 if step.threshold is None else view(step.threshold).data_ptr(),
+        **cpu.results(step, view),
     }
 
 

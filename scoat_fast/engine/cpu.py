@@ -93,8 +93,8 @@ def bind(step: Step, weights: Weights, view: View, pixels: int) -> Callable[[], 
         kernel, arguments = ("convolve", _convolve(step, weights, view)) if step.size == 3 else (
             "project", _project(step, weights, view))  # fmt: skip
     else:
-        kernel, arguments = ("attend", _attend(step, weights, view)) if isinstance(step, Attend) else (
-            "output", _output(step, weights, view))  # fmt: skip
+        kernel, arguments = ("attend", attend(step, weights, view)) if isinstance(step, Attend) else (
+            "output", output(step, weights, view) | {"tiles": _tiles(step)})  # fmt: skip
     call = getattr(_C.cpu, kernel)
 
     def run(kept=(weights, view)) -> None:  # the arguments are addresses in these
@@ -113,17 +113,25 @@ def _convolve(step: Convolve, weights: Weights, view: View) -> dict:
         "second": features(second[0]) if second else None,
         "scale": 0 if step.scale is None else view(step.scale).data_ptr(),
         "packed": addresses(weights[step.weights]),
-        "out": features(out),
+        "shortcut": (0, 0) if shortcut is None else addresses(weights[shortcut.weights]),
+        "shortcut_scaled": shortcut is not None and shortcut.scaled,
+        **results(step, view),
+    }
+
+
+def results(step: Convolve, view: View) -> dict:
+    """What a convolution makes of its sums, and where: arguments of its kernel."""
+    shortcut = step.shortcut
+    return {
+        "out": features(view(step.out)),
         "relu": step.relu,
         "residual_before": step.residual == "before",
         "residual_after": step.residual == "after",
         "pooled": None if step.pooled is None else features(view(step.pooled)),
         "sums": 0 if step.sums is None else view(step.sums).data_ptr(),
         "sum_channels": 0 if step.sums is None else view(step.sums).stride(1),
-        "shortcut": (0, 0) if shortcut is None else addresses(weights[shortcut.weights]),
         "shortcut_out": None if shortcut is None else features(view(shortcut.out)),
         "shortcut_relu": shortcut is not None and shortcut.relu,
-        "shortcut_scaled": shortcut is not None and shortcut.scaled,
     }
 
 
@@ -133,7 +141,8 @@ def _project(step: Convolve, weights: Weights, view: View) -> dict:
     return {"size": out.shape[:3], "source": features(view(source)), "packed": packed, "out": features(out)}
 
 
-def _attend(step: Attend, weights: Weights, view: View) -> dict:
+def attend(step: Attend, weights: Weights, view: View) -> dict:
+    """The arguments of the kernel for an attention map."""
     psi, bias = weights[step.weights]
     out = view(step.out)
     return {
@@ -148,11 +157,11 @@ def _attend(step: Attend, weights: Weights, view: View) -> dict:
     }
 
 
-def _output(step: Head, weights: Weights, view: View) -> dict:
+def output(step: Head, weights: Weights, view: View) -> dict:
+    """The arguments of the kernel for a head."""
     source, out = view(step.source), view(step.out).data_ptr()
     return {
         "size": source.shape[:3],
-        "tiles": _tiles(step),
         "source": features(source),
         "classes": step.out.channels,
         "packed": addresses(weights[step.weights]),
